@@ -1,0 +1,100 @@
+"""Every error that dask_lambda raises.  May import: :mod:`lambda_worker.errors`.
+
+Each message says what happened, to which task, and what to do next.  A task's own exception
+is not among them: it reaches the caller with its own type, and with the remote traceback as a
+note under it.
+"""
+
+from __future__ import annotations
+
+from lambda_worker.errors import (
+    DaskLambdaError,
+    IntegrityError,
+    RemoteError,
+    UnserializableError,
+)
+
+__all__ = [
+    "AccessDeniedError",
+    "BucketNotFoundError",
+    "ConfigurationError",
+    "CyclicGraphError",
+    "DaskLambdaError",
+    "FunctionNotFoundError",
+    "FunctionTimeoutError",
+    "IntegrityError",
+    "InvocationError",
+    "LocalAWSError",
+    "LostDataError",
+    "MissingKeyError",
+    "OutOfMemoryError",
+    "PayloadTooLargeError",
+    "RemoteError",
+    "ThrottledError",
+    "UnserializableError",
+    "VersionMismatchError",
+    "WorkerDiedError",
+]
+
+
+class ConfigurationError(DaskLambdaError, ValueError):
+    """A setting is missing, unknown or out of range."""
+
+
+class LocalAWSError(DaskLambdaError):
+    """The embedded AWS could not be started, or has died."""
+
+
+class CyclicGraphError(DaskLambdaError, RuntimeError):
+    """The graph has a cycle (Dask's own schedulers raise RuntimeError too)."""
+
+
+class MissingKeyError(DaskLambdaError, KeyError):
+    """A requested key is not in the graph."""
+
+    def __str__(self) -> str:  # KeyError shows the repr of its argument
+        return str(self.args[0]) if self.args else ""
+
+
+class FunctionNotFoundError(DaskLambdaError):
+    """The Lambda function does not exist in this account and region."""
+
+
+class BucketNotFoundError(DaskLambdaError):
+    """The S3 bucket does not exist."""
+
+
+class AccessDeniedError(DaskLambdaError, PermissionError):
+    """AWS refused a request: wrong or expired credentials, or a missing permission."""
+
+
+class InvocationError(DaskLambdaError):
+    """An invocation failed for good; the base class of what can go wrong around a task."""
+
+
+class FunctionTimeoutError(InvocationError, TimeoutError):
+    """A task ran longer than the function's time-out."""
+
+
+class OutOfMemoryError(InvocationError, MemoryError):
+    """A task needed more memory than the function has."""
+
+
+class WorkerDiedError(InvocationError):
+    """The worker process ended while it ran a task."""
+
+
+class PayloadTooLargeError(InvocationError):
+    """A request or a response exceeded Lambda's limit of 6 MB."""
+
+
+class ThrottledError(InvocationError):
+    """Lambda went on refusing invocations (429) for longer than the scheduler waits."""
+
+
+class LostDataError(InvocationError):
+    """The object that holds an intermediate result is gone from the bucket."""
+
+
+class VersionMismatchError(InvocationError):
+    """The worker's Python, Dask or protocol version differs from the client's."""
