@@ -1,0 +1,66 @@
+# Everything happens in .venv inside the checkout; `make` alone says what there is.
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+EXAMPLES := examples/hello.py examples/nearest_neighbor.py examples/linear_system.py
+
+# The embedded AWS, whatever the user's own Dask configuration says: nothing here touches an account.
+export DASK_DASK_LAMBDA__BACKEND := local
+# The environment in .venv is the whole environment.
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONPATH PYTHONHOME
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help .venv demo test lint conformance bench clean
+
+help: ## Say what the targets are
+	@echo "dask_lambda: Dask on AWS Lambda and S3"
+	@echo
+	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  PYTHON=python3.13 make ... chooses another Python (3.11 or newer)."
+
+.venv: $(INSTALLED) ## Make the virtual environment (the other targets do it by themselves)
+
+$(INSTALLED): setup.cfg
+	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); \
+	    ok or print("dask_lambda needs Python 3.11 or newer, but $(PYTHON) is " \
+	    + sys.version.split()[0] + ": try make PYTHON=python3.12"); sys.exit(not ok)'
+	@echo "==> Installing into $(VENV) (the first time this takes a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable '.[local,test,examples]'
+	@touch $@
+
+demo: $(INSTALLED) ## Run the first three examples on an embedded AWS
+	@set -e; for example in $(EXAMPLES); do \
+	    echo; echo "==> python $$example"; $(BIN)/python $$example; \
+	done
+
+test: $(INSTALLED) ## Run our tests, then a sample of Dask's own tests on Lambda
+	@echo "==> Our tests"
+	@$(BIN)/python -m pytest tests
+	@echo "==> Dask's own tests (a sample)"
+	@$(BIN)/python -m tests.conformance --sample
+
+lint: $(INSTALLED) ## Check style and types
+	@echo "==> ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+conformance: $(INSTALLED) ## Run all of Dask's array, bag, delayed and dataframe tests on Lambda (hours)
+	@$(BIN)/python -m tests.conformance --all
+
+bench: $(INSTALLED) ## Run the benchmarks
+	@$(BIN)/python -m benchmarks.overhead
+
+clean: ## Remove what make made
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
