@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["DaskLambdaError", "IntegrityError", "RemoteError", "UnserializableError"]
+from typing import Literal
+
+__all__ = [
+    "DaskLambdaError",
+    "IntegrityError",
+    "RemoteError",
+    "StoreError",
+    "UnserializableError",
+]
 
 
 class DaskLambdaError(Exception):
@@ -23,3 +31,26 @@ class RemoteError(DaskLambdaError):
     It stands for an exception whose class cannot be pickled or that fails to unpickle.  The
     message holds the original type and text; the remote traceback is attached as a note.
     """
+
+
+StoreErrorKind = Literal["missing", "denied", "no-bucket", "transient"]
+
+
+class StoreError(DaskLambdaError):
+    """S3 refused or failed a request.
+
+    Parameters
+    ----------
+    kind : {"missing", "denied", "no-bucket", "transient"}
+        What to do about it: only "transient" is worth another try.
+    message : str
+        Action, object and S3's own words.
+    """
+
+    def __init__(self, kind: StoreErrorKind, message: str):
+        super().__init__(kind, message)
+        self.kind = kind
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -1,0 +1,292 @@
+"""What travels between client and worker.  May import: nothing but dask (late).
+
+One Invoke carries one *request* and brings back one *reply*; both are JSON, with pickled and
+sealed bytes in base64.  A request names several *groups*; each group has a body (its tasks), its
+inputs, and the names under which its outputs are committed, and each fails or succeeds by
+itself.  A value is always described in the same way, by a :class:`Value`: the object's name and
+size, and its sealed bytes where it travels inline.  The same sealed bytes are what S3 holds, so
+a value may move from one to the other without being looked at.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import platform
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Version of this format; client and worker must agree.
+PROTOCOL = 1
+
+#: AWS: synchronous Invoke, request and response payload (Lambda quotas, "Invocation payload").
+MAX_PAYLOAD_BYTES = 6_291_456
+
+#: Inline bytes (before base64) that one request or reply may hold, so that four thirds of them
+#: and the JSON around them stay below :data:`MAX_PAYLOAD_BYTES`.
+MAX_INLINE_TOTAL_BYTES = 4_400_000
+
+#: Leading hex digits of an object name that spread the objects of a run over S3 partitions
+#: (3,500 PUT and 5,500 GET a second for each partitioned prefix).
+SHARD_DIGITS = 1
+
+Key = Hashable  # Dask: str, bytes, int, float or a tuple of them
+
+
+@dataclass(slots=True)
+class Value:
+    """A sealed value: where it is, how large, and its bytes if it travels inline.
+
+    Attributes
+    ----------
+    name : str
+        Object name; the tag of the sealed bytes is bound to it.
+    size : int
+        Sealed bytes.
+    data : bytes-like, optional
+        The sealed bytes, when they are at hand.
+    shared : bool
+        More than one group reads it: worth keeping in a worker's cache.
+    """
+
+    name: str
+    size: int
+    data: bytes | bytearray | None = None
+    shared: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Describe the value in a request or reply."""
+        record: dict[str, Any] = {"name": self.name, "size": self.size}
+        if self.data is not None:
+            record["data"] = base64.b64encode(self.data).decode("ascii")
+        if self.shared:
+            record["shared"] = True
+        return record
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Value:
+        """Inverse of :meth:`to_json`."""
+        data = record.get("data")
+        return cls(
+            record["name"],
+            record["size"],
+            None if data is None else base64.b64decode(data),
+            record.get("shared", False),
+        )
+
+
+@dataclass(slots=True)
+class GroupRequest:
+    """One group of a request.
+
+    Attributes
+    ----------
+    body : Value
+        Sealed pickle of :class:`Body`.
+    frames : list of (int, Value)
+        Buffers of the body that travel as objects of their own, and their places among its
+        frames: chunks of ``from_array`` and other large literals.
+    inputs : list of Value
+        In the order of ``Body.inputs``.
+    outputs : list of str
+        Object names, in the order of ``Body.outputs``.
+    """
+
+    body: Value
+    inputs: list[Value]
+    outputs: list[str]
+    frames: list[tuple[int, Value]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Body:
+    """What a group runs: pickled once, by the client.
+
+    Attributes
+    ----------
+    tasks : list of dask GraphNode
+        In the order of execution.
+    inputs : list of key
+        Under which name the tasks know each input; one input may have several names.
+    sources : list of int
+        For each of these, its place among ``GroupRequest.inputs``.
+    outputs : list of key
+        Results to commit.
+    """
+
+    tasks: list[Any]
+    inputs: list[Key]
+    sources: list[int]
+    outputs: list[Key]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Body, (self.tasks, self.inputs, self.sources, self.outputs)
+
+
+@dataclass(slots=True)
+class Request:
+    """One invocation."""
+
+    run: str
+    secrets: dict[str, bytes]  #: for the run itself and for each run whose objects it reads
+    bucket: str
+    inline_bytes: int  #: outputs up to this size come back in the reply
+    groups: list[GroupRequest]
+
+    def to_json(self) -> dict[str, Any]:
+        """Build the event of the Invoke."""
+        return {
+            "protocol": PROTOCOL,
+            "client": versions(),
+            "run": self.run,
+            "secrets": {run: base64.b64encode(s).decode() for run, s in self.secrets.items()},
+            "bucket": self.bucket,
+            "inline_bytes": self.inline_bytes,
+            "groups": [
+                {
+                    "body": g.body.to_json(),
+                    "frames": [[place, value.to_json()] for place, value in g.frames],
+                    "inputs": [v.to_json() for v in g.inputs],
+                    "outputs": g.outputs,
+                }
+                for g in self.groups
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, event: dict[str, Any]) -> Request:
+        """Read the event of the Invoke; its versions were checked before."""
+        return cls(
+            run=event["run"],
+            secrets={run: base64.b64decode(s) for run, s in event["secrets"].items()},
+            bucket=event["bucket"],
+            inline_bytes=event["inline_bytes"],
+            groups=[
+                GroupRequest(
+                    body=Value.from_json(g["body"]),
+                    frames=[(place, Value.from_json(v)) for place, v in g["frames"]],
+                    inputs=[Value.from_json(v) for v in g["inputs"]],
+                    outputs=g["outputs"],
+                )
+                for g in event["groups"]
+            ],
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# versions
+# ---------------------------------------------------------------------------------------------
+
+_versions: dict[str, str] | None = None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that must agree for pickled tasks to mean the same on both sides."""
+    global _versions
+    if _versions is None:
+        import dask
+
+        _versions = {
+            "python": ".".join(platform.python_version_tuple()[:2]),
+            "dask": dask.__version__,
+        }
+    return _versions
+
+
+# ---------------------------------------------------------------------------------------------
+# object names
+# ---------------------------------------------------------------------------------------------
+
+
+def object_name(prefix: str, run: str, label: str) -> str:
+    """Return ``<shard>/<prefix>/<run>/<label>``, the S3 key of one object of a run."""
+    shard = hashlib.blake2b(label.encode(), digest_size=4).hexdigest()[:SHARD_DIGITS]
+    return f"{shard}/{prefix}/{run}/{label}"
+
+
+def shards() -> list[str]:
+    """Return every shard that :func:`object_name` may choose, for listing a run's objects."""
+    return [f"{i:0{SHARD_DIGITS}x}" for i in range(16**SHARD_DIGITS)]
+
+
+def run_of(name: str) -> str:
+    """Return the run to which an object belongs."""
+    return name.rsplit("/", 2)[1]
+
+
+def key_label(key: Key) -> str:
+    """Return the label of a Dask key's object: a hash, since keys may be of any length."""
+    return hashlib.blake2b(repr(key).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+
+
+def error_name(output: str) -> str:
+    """Return the name to which the tag of a group's pickled exception is bound."""
+    return output + "#error"
+
+
+# ---------------------------------------------------------------------------------------------
+# references to stored results
+# ---------------------------------------------------------------------------------------------
+
+#: How to load an object of a run: run id -> function of a reference.  The worker fills it from
+#: the secrets of each request, the client from the runs whose results are kept.
+resolvers: dict[str, Callable[[Reference], Any]] = {}
+
+_pickled = threading.local()
+
+
+class Reference:
+    """A result that stays in S3: what a persisted collection holds in place of its blocks.
+
+    It carries no secret.  While a task that holds references is being pickled, they are
+    collected (:func:`collect_references`), so that the request names the secrets they need.
+    """
+
+    __slots__ = ("__weakref__", "name", "size")
+
+    def __init__(self, name: str, size: int):
+        self.name = name
+        self.size = size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        found = getattr(_pickled, "found", None)
+        if found is not None:
+            found.append(self)
+        return Reference, (self.name, self.size)
+
+    def __repr__(self) -> str:
+        return f"Reference({self.name!r}, {self.size})"
+
+
+class collect_references:
+    """Context in which the references pickled by this thread are gathered in a list."""
+
+    def __enter__(self) -> list[Reference]:
+        self._outer = getattr(_pickled, "found", None)
+        _pickled.found = found = []
+        return found
+
+    def __exit__(self, *exc_info: object) -> None:
+        _pickled.found = self._outer
+
+
+def load_reference(reference: Reference) -> Any:
+    """Load a stored result: the function of the tasks of a persisted collection.
+
+    Raises
+    ------
+    LookupError
+        If this process has not the run's secret: references mean something only to the
+        scheduler that made them, and to the workers that it calls.
+    """
+    try:
+        resolve = resolvers[run_of(reference.name)]
+    except KeyError:
+        raise LookupError(
+            f"the stored result {reference.name!r} cannot be loaded here: it belongs to a "
+            "dask_lambda scheduler that was closed or lives in another process; compute with "
+            "that scheduler, or persist again"
+        ) from None
+    return resolve(reference)
