@@ -1,0 +1,81 @@
+"""Every script in examples/ runs as it is, passes its check, and would notice a wrong answer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+# Computes in the script's own process and then returns something near the right answer.
+WRONG_SCHEDULER = """
+import dask
+import numpy as np
+import pandas as pd
+
+dask.config.set({"dataframe.shuffle.method": "tasks"})
+
+
+def spoil(value):
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(spoil, value))
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, pd.DataFrame):
+        return value.assign(**{name: value[name] - 1 for name in value.select_dtypes("number")})
+    return value - 1
+
+
+def lambda_get(graph, keys, **kwargs):
+    return spoil(dask.get(graph, keys, **kwargs))
+
+
+def last_report():
+    return "no report"
+"""
+
+
+def run(script: Path, *options: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """Run an example with `path` to import dask_lambda from, and nobody's AWS or Dask settings."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "DASK_"))}
+    environment |= {"PYTHONPATH": str(path), "DASK_DASK_LAMBDA__BACKEND": "local"}
+    return subprocess.run(
+        [sys.executable, *options, script.name],
+        cwd=script.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,  # below pytest's own limit, so that the failure names the script
+    )
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 5
+
+
+@pytest.mark.local
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_example_passes_its_check_and_prints_its_report(script: Path) -> None:
+    done = run(script, path=ROOT)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    result, check, report = done.stdout.partition("\ncheck passed: ")
+    assert result.strip(), "no result printed"
+    assert check, done.stdout
+    assert "invocations" in report, done.stdout
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_example_notices_a_wrong_answer(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "dask_lambda.py").write_text(WRONG_SCHEDULER)
+    done = run(script, "-O", path=tmp_path)  # -O removes assert statements
+    assert done.returncode == 1, f"{done.stdout}\n{done.stderr}"
+    assert done.stderr.startswith("check failed: "), done.stderr
+    assert "check passed" not in done.stdout
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_example_is_in_the_table_of_the_readme(script: Path) -> None:
+    assert f"[{script.name}]({script.name})" in (ROOT / "examples" / "README.md").read_text()
