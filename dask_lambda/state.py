@@ -1,0 +1,480 @@
+"""Who runs when: the engine's decisions, as a pure state machine.  May import: plan.
+
+Events go in, instructions come out; there is no clock, no socket, no thread and no randomness
+but a seeded one.  Time is an argument.  So every rule about order, concurrency, retries,
+throttling and release can be tested with a list of events, and driven in virtual time.
+
+Theory of operation
+-------------------
+A *run* is one graph being computed.  Its *groups* (see :mod:`dask_lambda.plan`) are in exactly
+one of these states::
+
+    waiting --> ready --> in flight --> done (forgotten)
+                  ^           |
+                  +- delayed <+
+
+A group waits for its inputs, is ready when they are all there, and is in flight while an
+invocation runs it.  A failure that is worth another try delays it until some later time.  Groups
+that are done are forgotten, and more groups may be added to a run at any time, so the machine
+never needs the whole graph at once.
+
+The *window* is how many invocations may be in flight, over all runs.  Below it the machine keeps
+a *limit* of its own, which shrinks by a factor when Lambda throttles and grows by one for each
+limit's worth of successes (additive increase, multiplicative decrease, as TCP does).  Runs take
+turns; within a run the smallest priority goes first.
+
+Two rules hold for whoever executes the instructions:
+
+1. Every :class:`Invoke` is answered by exactly one :class:`InvocationEnded`, whatever happened.
+2. Instructions are carried out in the order in which they are returned.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from dask_lambda.plan import Group
+from lambda_worker.protocol import Key
+
+# ---------------------------------------------------------------------------------------------
+# failures
+# ---------------------------------------------------------------------------------------------
+
+
+class FailureKind(Enum):
+    """What a failure means for the decision to try again."""
+
+    TASK = "task"  #: the task's own: an exception, a time-out, no memory; as often as asked for
+    DEATH = "death"  #: the environment was lost under the task; a few times
+    TRANSIENT = "transient"  #: the network or the service; for a while, ever more slowly
+    THROTTLED = "throttled"  #: too many invocations; until nothing has moved for long
+    FATAL = "fatal"  #: never
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a group did not get done.
+
+    Attributes
+    ----------
+    kind : FailureKind
+    detail : object
+        What to tell the user; the machine only hands it on.
+    """
+
+    kind: FailureKind
+    detail: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The constants of the decisions; times in seconds."""
+
+    deaths: int = 2  #: further tries after the environment died, before the task is blamed
+    transient_tries: int = 8
+    backoff: float = 0.1  #: before the first retry; doubles each time
+    max_backoff: float = 20.0
+    throttle_patience: float = 600.0  #: throttled all the while and nothing done for so long
+    decrease: float = 0.7
+    decrease_interval: float = 1.0  #: one burst of throttles shrinks the limit once
+
+
+# ---------------------------------------------------------------------------------------------
+# events
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GroupsAdded:
+    """More work for a run, which is thereby opened if it is new.
+
+    Attributes
+    ----------
+    run : str
+    groups : sequence of Group
+        Their inputs are outputs of groups in this event or of earlier ones.
+    keep : frozenset of key
+        Outputs that are not released when their last reader is done.
+    last : bool
+        Nothing is added after this: the run ends when all its groups are done.
+    """
+
+    run: str
+    groups: Sequence[Group]
+    keep: frozenset[Key] = frozenset()
+    last: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class InvocationEnded:
+    """An invocation came to an end: for each of its groups None (done) or why not."""
+
+    invocation: int
+    outcomes: tuple[Failure | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunCancelled:
+    """The caller does not want the run any more."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class WindowChanged:
+    """Another number of invocations may be in flight."""
+
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """The time that a :class:`Wake` asked for has come."""
+
+
+Event = GroupsAdded | InvocationEnded | RunCancelled | WindowChanged | TimePassed
+
+# ---------------------------------------------------------------------------------------------
+# instructions
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Invoke:
+    """Run these groups of one run in one invocation."""
+
+    invocation: int
+    run: str
+    groups: tuple[Group, ...]
+    tries: int  #: how often the first of them was tried before
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """No group of the run needs these values any more."""
+
+    run: str
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded:
+    """The outcome of a run is known; nothing more is started for it."""
+
+    run: str
+    failure: Failure | None
+    group: Group | None = None  #: the one that failed
+
+
+@dataclass(frozen=True, slots=True)
+class RunDrained:
+    """No invocation of an ended run is in flight: nobody writes its objects any more."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Send :class:`TimePassed` at this time."""
+
+    at: float
+
+
+Instruction = Invoke | Release | RunEnded | RunDrained | Wake
+
+# ---------------------------------------------------------------------------------------------
+# the machine
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Group:
+    spec: Group
+    run: _Run
+    missing: int  # inputs that are not there yet
+    tries: int = 0
+    failures: dict[FailureKind, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Datum:
+    readers: int = 0  # groups that are not done
+    waiting: list[_Group] = field(default_factory=list)
+    available: bool = False
+    keep: bool = False
+
+
+@dataclass(slots=True)
+class _Run:
+    name: str
+    data: dict[Key, _Datum] = field(default_factory=dict)
+    ready: list[tuple[int, int, _Group]] = field(default_factory=list)  # a heap
+    queued: bool = False  # whether it is in the rotation
+    unfinished: int = 0
+    in_flight: int = 0
+    last: bool = False
+    ended: bool = False
+
+
+class State:
+    """The state machine of one engine.
+
+    Parameters
+    ----------
+    window : int
+        Invocations in flight at the most.
+    policy : Policy, optional
+    seed : int, optional
+        Of the jitter.
+    """
+
+    def __init__(self, window: int, policy: Policy | None = None, seed: int = 0):
+        self.window = window
+        self.policy = policy or Policy()
+        self.limit = float(window)
+        self.in_flight: dict[int, tuple[_Group, ...]] = {}
+        self._runs: dict[str, _Run] = {}
+        self._rotation: deque[_Run] = deque()
+        self._delayed: list[tuple[float, int, _Group]] = []  # a heap
+        self._random = random.Random(seed)
+        self._counter = 0
+        self._wake: float | None = None
+        self._last_decrease = float("-inf")
+        self._last_success: float | None = None
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Take note of an event and decide what to do.
+
+        Parameters
+        ----------
+        event : Event
+        now : float
+            Seconds since any fixed moment; never decreases.
+        """
+        out: list[Instruction] = []
+        match event:
+            case InvocationEnded(invocation, outcomes):
+                self._invocation_ended(invocation, outcomes, now, out)
+            case GroupsAdded():
+                self._add(event, now, out)
+            case RunCancelled(name):
+                run = self._runs.get(name)
+                if run is not None and not run.ended:
+                    self._end(run, None, None, out, cancelled=True)
+            case WindowChanged(window):
+                self.window = window
+                self.limit = float(window)
+            case TimePassed():
+                self._wake = None
+        self._undelay(now)
+        self._dispatch(out)
+        if self._delayed and (self._wake is None or self._delayed[0][0] < self._wake):
+            self._wake = self._delayed[0][0]
+            out.append(Wake(self._wake))
+        return out
+
+    # -- events --------------------------------------------------------------------------------
+
+    def _add(self, event: GroupsAdded, now: float, out: list[Instruction]) -> None:
+        run = self._runs.get(event.run)
+        if run is None:
+            run = self._runs[event.run] = _Run(event.run)
+        if run.ended:
+            return
+        if self._last_success is None or not self.in_flight:
+            self._last_success = now
+        run.last = event.last
+        data = run.data
+        for spec in event.groups:
+            for key in spec.outputs:
+                datum = data.setdefault(key, _Datum())
+                datum.keep = datum.keep or key in event.keep
+        run.unfinished += len(event.groups)
+        for spec in event.groups:
+            group = _Group(spec, run, 0)
+            for key in spec.inputs:
+                datum = data[key]
+                datum.readers += 1
+                if not datum.available:
+                    datum.waiting.append(group)
+                    group.missing += 1
+            if not group.missing:
+                self._make_ready(group)
+        self._end_if_done(run, out)
+
+    def _invocation_ended(
+        self,
+        invocation: int,
+        outcomes: tuple[Failure | None, ...],
+        now: float,
+        out: list[Instruction],
+    ) -> None:
+        groups = self.in_flight.pop(invocation)
+        run = groups[0].run
+        run.in_flight -= 1
+        released: list[Key] = []
+        for group, failure in zip(groups, outcomes, strict=True):
+            if run.ended:
+                break
+            if failure is None:
+                self._done(group, released)
+            else:
+                self._failed(group, failure, now, out)
+        if None in outcomes:
+            self._last_success = now
+            self.limit = min(float(self.window), self.limit + 1.0 / self.limit)
+        if released and not run.ended:
+            out.append(Release(run.name, tuple(released)))
+        self._end_if_done(run, out)
+        if run.ended and not run.in_flight and run.name in self._runs:
+            self._forget(run, out)
+
+    def _done(self, group: _Group, released: list[Key]) -> None:
+        run, spec = group.run, group.spec
+        run.unfinished -= 1
+        data = run.data
+        for key in spec.outputs:
+            datum = data[key]
+            datum.available = True
+            for reader in datum.waiting:
+                reader.missing -= 1
+                if not reader.missing:
+                    self._make_ready(reader)
+            datum.waiting.clear()
+            if not datum.readers and not datum.keep and run.last:
+                released.append(key)
+                del data[key]
+        for key in spec.inputs:
+            datum = data[key]
+            datum.readers -= 1
+            if not datum.readers and not datum.keep and run.last:
+                released.append(key)
+                del data[key]
+
+    def _failed(
+        self, group: _Group, failure: Failure, now: float, out: list[Instruction]
+    ) -> None:
+        policy, kind = self.policy, failure.kind
+        count = group.failures[kind] = group.failures.get(kind, 0) + 1
+        match kind:
+            case FailureKind.TASK:
+                again = count <= group.spec.retries
+            case FailureKind.DEATH:
+                again = count <= policy.deaths + group.spec.retries
+            case FailureKind.TRANSIENT:
+                again = count < policy.transient_tries
+            case FailureKind.THROTTLED:
+                self._throttled(now)
+                assert self._last_success is not None
+                again = now - self._last_success < policy.throttle_patience
+            case FailureKind.FATAL:
+                again = False
+        if not again:
+            self._end(group.run, failure, group.spec, out)
+            return
+        # "Full jitter": anywhere between 0 and the exponentially growing bound
+        # (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
+        bound = min(policy.max_backoff, policy.backoff * 2.0 ** (count - 1))
+        self._counter += 1
+        at = now + self._random.uniform(0, bound)
+        heapq.heappush(self._delayed, (at, self._counter, group))
+
+    def _throttled(self, now: float) -> None:
+        if now - self._last_decrease >= self.policy.decrease_interval:
+            self._last_decrease = now
+            self.limit = max(1.0, min(self.limit, len(self.in_flight) + 1) * self.policy.decrease)
+
+    # -- transitions ---------------------------------------------------------------------------
+
+    def _make_ready(self, group: _Group) -> None:
+        run = group.run
+        self._counter += 1
+        heapq.heappush(run.ready, (group.spec.priority, self._counter, group))
+        if not run.queued:
+            run.queued = True
+            self._rotation.append(run)
+
+    def _undelay(self, now: float) -> None:
+        while self._delayed and self._delayed[0][0] <= now:
+            group = heapq.heappop(self._delayed)[2]
+            if not group.run.ended:
+                self._make_ready(group)
+
+    def _dispatch(self, out: list[Instruction]) -> None:
+        limit = min(self.window, max(1, int(self.limit)))
+        rotation, in_flight = self._rotation, self.in_flight
+        while rotation and len(in_flight) < limit:
+            run = rotation.popleft()
+            if run.ended or not run.ready:
+                run.queued = False
+                continue
+            group = heapq.heappop(run.ready)[2]
+            rotation.append(run)
+            self._counter += 1
+            invocation = self._counter
+            in_flight[invocation] = (group,)
+            run.in_flight += 1
+            out.append(Invoke(invocation, run.name, (group.spec,), group.tries))
+            group.tries += 1
+
+    def _end_if_done(self, run: _Run, out: list[Instruction]) -> None:
+        if run.last and not run.unfinished and not run.ended:
+            self._end(run, None, None, out)
+
+    def _end(
+        self,
+        run: _Run,
+        failure: Failure | None,
+        group: Group | None,
+        out: list[Instruction],
+        *,
+        cancelled: bool = False,
+    ) -> None:
+        run.ended = True
+        run.ready.clear()
+        run.data.clear()
+        if not cancelled:
+            out.append(RunEnded(run.name, failure, group))
+        if not run.in_flight:
+            self._forget(run, out)
+
+    def _forget(self, run: _Run, out: list[Instruction]) -> None:
+        del self._runs[run.name]
+        out.append(RunDrained(run.name))
+
+    # -- for observers and tests -----------------------------------------------------------------
+
+    @property
+    def runs(self) -> Iterable[str]:
+        """Names of the runs that are not drained."""
+        return self._runs.keys()
+
+    def validate(self) -> None:
+        """Check what must hold after every event; for tests.
+
+        Raises
+        ------
+        AssertionError
+        """
+        assert len(self.in_flight) <= self.window or self.limit <= self.window
+        flying: dict[str, int] = {}
+        for groups in self.in_flight.values():
+            for group in groups:
+                assert group.missing == 0, "a group is in flight before its inputs"
+            flying[groups[0].run.name] = flying.get(groups[0].run.name, 0) + 1
+        for run in self._runs.values():
+            assert run.in_flight == flying.get(run.name, 0)
+            if run.ended:
+                assert run.in_flight, "an ended run without invocations was not forgotten"
+                continue
+            for key, datum in run.data.items():
+                assert datum.readers >= len(datum.waiting), key
+                assert not (datum.available and datum.waiting), key
+            assert all(not g.missing for _, _, g in run.ready)
+            assert run.queued or not run.ready
