@@ -1,0 +1,889 @@
+"""The embedded AWS: S3, Lambda and IAM on this machine, without an account and without Docker.
+
+MiniStack, an emulator that is a Python package, runs as a child process on the loopback
+interface; this module starts it, creates bucket, role and function in it, and makes sure that
+it ends with this process, however that ends (:mod:`dask_lambda.local_supervisor`).  One can also
+be kept running for several processes (``dask-lambda local start``).
+
+May import: the standard library, botocore, :mod:`dask_lambda.errors`; ``lambda_worker`` only as
+files to deploy.
+
+Notes
+-----
+* Every request is authenticated (MiniStack's ``AUTH=true``) with a secret that is made for each
+  start: on a shared machine another user, and in a browser another site's page, can reach a
+  loopback port, and who may create a Lambda function may run code.
+* Objects live in files below a private directory (``S3_PERSIST=1``), so that the server's memory
+  does not grow with the data.
+* The server and the workers see a short list of the user's environment variables only, as on
+  Lambda, and none that configures AWS.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import http.client
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dask_lambda import local_supervisor
+from dask_lambda.errors import ConfigurationError, LocalAWSError
+
+__all__ = [
+    "LocalAWS",
+    "available_cores",
+    "local_aws",
+    "shared_status",
+    "start_shared",
+    "state_directory",
+    "stop_shared",
+    "worker_code",
+]
+
+logger = logging.getLogger("dask_lambda")
+
+REGION = "us-east-1"
+#: MiniStack's own account; a 12-digit access key means "the root user of this account" to it.
+ACCOUNT = "000000000000"
+FUNCTION = "dask-lambda"
+BUCKET = "dask-lambda-local"
+ROLE = "dask-lambda-worker"
+HANDLER = "lambda_worker.handler.handler"
+#: Memory at which a Lambda function gets one whole core.
+DEFAULT_MEMORY = 1769
+#: Lambda's longest time-out, in seconds.
+MAX_TIMEOUT = 900
+#: Concurrent invocations for each core: one computes while the other one moves data.
+INVOCATIONS_PER_CORE = 2
+#: Seconds until a server that does not answer is given up.
+START_TIMEOUT = 60.0
+#: Seconds that stopping may take before the client ends the processes itself.
+STOP_TIMEOUT = 10.0
+PREFIX = "dask-lambda-"
+INSTALL = 'pip install "dask_lambda[local]"'
+
+#: What the server and the workers inherit.  No AWS_*, no DASK_*, no secrets of the user's.
+INHERITED = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ"),
+    *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH"),
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONUTF8", "VIRTUAL_ENV", "CONDA_PREFIX"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+    *("http_proxy", "https_proxy", "all_proxy"),
+)
+#: One BLAS thread a worker: there is one worker for each concurrent invocation.
+FUNCTION_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+
+class LocalAWS:
+    """A running embedded AWS with bucket, role and function; make one with :meth:`start`.
+
+    Attributes
+    ----------
+    endpoint_url : str
+        Address of all its services.
+    region, access_key_id, secret_access_key : str
+        What to sign requests with.  They mean nothing anywhere else.
+    function, bucket : str
+        The function that runs tasks, and the bucket for their inputs and outputs.
+    concurrency : int
+        How many invocations may run at the same time (reserved concurrency, enforced).
+    memory, timeout : int
+        The function's memory in MB (reported to it, not enforced) and time-out in seconds.
+    pid : int
+        The supervisor's process id.  SIGTERM to it ends everything.
+    server_pid : int
+        The server's process id.
+    directory : Path
+        Private directory with everything that is on disk.
+    """
+
+    def __init__(self, state: dict[str, Any], supervisor: subprocess.Popen[bytes] | None = None):
+        self.endpoint_url: str = state["endpoint_url"]
+        self.region: str = state["region"]
+        self.access_key_id: str = state["access_key_id"]
+        self.secret_access_key: str = state["secret_access_key"]
+        self.function: str = state["function"]
+        self.bucket: str = state["bucket"]
+        self.concurrency: int = state["concurrency"]
+        self.memory: int = state["memory"]
+        self.timeout: int = state["timeout"]
+        self.pid: int = state["pid"]
+        self.server_pid: int = state["server_pid"]
+        self.directory = Path(state["directory"])
+        self._fingerprint: dict[str, Any] = state["fingerprint"]
+        self._supervisor = supervisor
+        self._owner = os.getpid() if supervisor else None
+        self._ended: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<LocalAWS {self.endpoint_url} function={self.function!r} bucket={self.bucket!r} "
+            f"concurrency={self.concurrency} pid={self.pid}>"
+        )
+
+    def __enter__(self) -> LocalAWS:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    @staticmethod
+    def start(
+        *,
+        concurrency: int | None = None,
+        memory: int = DEFAULT_MEMORY,
+        timeout: int = MAX_TIMEOUT,
+        port: int | None = None,
+        code: bytes | None = None,
+        handler: str = HANDLER,
+        directory: Path | None = None,
+        detach: bool = False,
+    ) -> LocalAWS:
+        """Start an embedded AWS and wait until its function can be invoked.
+
+        Parameters
+        ----------
+        concurrency : int, optional
+            Concurrent invocations, each one a process; default: twice the cores that this
+            process may use.
+        memory, timeout : int
+            Of the function, in MB and seconds.
+        port : int, optional
+            Default: a free one.
+        code : bytes, optional
+            Zip file of the function; default: the installed ``lambda_worker``.
+        handler : str
+            Its handler.
+        directory : Path, optional
+            Where to make the private directory that holds the data; default: the directory
+            for temporary files.
+        detach : bool
+            Let it run on when this process ends.
+
+        Returns
+        -------
+        LocalAWS
+            Ended by :meth:`stop`, and unless detached also when this process ends or when the
+            object is garbage collected.
+
+        Raises
+        ------
+        LocalAWSError
+            It is not installed, the port is in use, or it did not start: with its log.
+        ConfigurationError
+            An argument is out of range.
+        """
+        if sys.platform == "win32":
+            raise LocalAWSError(
+                "the embedded AWS needs Linux or macOS (on Windows: WSL); or use real AWS"
+            )
+        if concurrency is None:
+            concurrency = INVOCATIONS_PER_CORE * available_cores()
+        _check_range("concurrency", concurrency, 1, 10_000)
+        _check_range("memory", memory, 128, 10_240)
+        _check_range("timeout", timeout, 1, MAX_TIMEOUT)
+        if port is not None:
+            _check_range("port", port, 1, 65_535)
+        if importlib.util.find_spec("ministack") is None:
+            raise LocalAWSError(
+                f"the embedded AWS needs the package ministack: {INSTALL}; or configure a "
+                "function to use real AWS"
+            )
+        code = worker_code() if code is None else code
+        parent = Path(tempfile.gettempdir() if directory is None else directory)
+        _sweep(parent)
+        # Another process may take a free port before the server does: then try another one.
+        attempts = 3 if port is None else 1
+        while True:
+            attempts -= 1
+            try:
+                start = _Start(parent, port, concurrency, memory, timeout, code, handler, detach)
+                aws = LocalAWS(*start.run())
+            except _PortInUse as error:
+                if attempts == 0:
+                    raise LocalAWSError(
+                        f"port {error.port} on 127.0.0.1 is in use: choose another one, or none "
+                        "to have a free one chosen"
+                    ) from None
+            else:
+                break
+        if not detach:
+            _owned.add(aws)
+        logger.info(
+            "started an embedded AWS (S3 and Lambda in processes of this machine) at %s with %d "
+            "concurrent invocations; to use real AWS, configure a function: "
+            "dask.config.set({'dask-lambda.function': ...})",
+            aws.endpoint_url,
+            aws.concurrency,
+        )
+        return aws
+
+    def is_alive(self) -> bool:
+        """Whether it is running."""
+        if self._supervisor is not None and self._owner == os.getpid():
+            return self._supervisor.poll() is None
+        return _lock_is_held(self.directory)
+
+    def check(self) -> None:
+        """Raise LocalAWSError, with the end of its log, if it is not running any more."""
+        if self.is_alive():
+            return
+        if self._ended is None:
+            self._ended = self._last_words()
+        raise LocalAWSError(f"the embedded AWS at {self.endpoint_url} has ended{self._ended}")
+
+    def _last_words(self) -> str:
+        if self._supervisor is None or self._owner != os.getpid():
+            return ""
+        assert self._supervisor.stdout is not None
+        for line in self._supervisor.stdout.read().splitlines():
+            message = json.loads(line)
+            if "exit" in message:
+                return _ending(message)
+        return ""
+
+    def stop(self) -> None:
+        """End it and remove what is on disk; does nothing if that was done, or is not ours.
+
+        Only the process that started it can stop it (not a forked child, and not a process that
+        uses the shared one: see :func:`stop_shared`).
+        """
+        if self._supervisor is None or self._owner != os.getpid():
+            return
+        _owned.discard(self)
+        _stop_supervisor(self._supervisor, self.server_pid, self.directory)
+
+    def _state(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**state, "directory": str(self.directory), "fingerprint": self._fingerprint}
+
+    def _release_after_fork(self) -> None:
+        """Close a forked child's copies of the pipes: the parent's end must be the only one."""
+        assert self._supervisor is not None
+        for pipe in (self._supervisor.stdin, self._supervisor.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._supervisor = None
+
+
+class _PortInUse(Exception):
+    def __init__(self, port: int):
+        super().__init__(port)
+        self.port = port
+
+
+class _Start:
+    """One attempt to start a server."""
+
+    def __init__(
+        self,
+        parent: Path,
+        port: int | None,
+        concurrency: int,
+        memory: int,
+        timeout: int,
+        code: bytes,
+        handler: str,
+        detach: bool,
+    ):
+        self.parent = parent
+        self.port = _usable_port(port)
+        self.concurrency = concurrency
+        self.memory = memory
+        self.timeout = timeout
+        self.code = code
+        self.handler = handler
+        self.detach = detach
+        self.endpoint_url = f"http://127.0.0.1:{self.port}"
+        self.secret = secrets.token_hex(20)
+
+    def run(self) -> tuple[dict[str, Any], subprocess.Popen[bytes]]:
+        """Start it; return its state and its supervisor."""
+        try:
+            self.directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.parent))
+        except OSError as error:
+            raise LocalAWSError(
+                f"the embedded AWS cannot make a directory in {self.parent}: {error.strerror}; "
+                "choose another one (TMPDIR)"
+            ) from error
+        supervisor = None
+        server_pid = None
+        try:
+            supervisor = self._spawn()
+            deadline = time.monotonic() + START_TIMEOUT
+            clients = self._clients()  # takes as long as the server's start, so do it meanwhile
+            server_pid = self._message(supervisor, deadline)["pid"]
+            self._wait_until_healthy(supervisor, deadline)
+            self._create(*clients)
+        except BaseException as error:
+            if supervisor is None:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            else:
+                _stop_supervisor(supervisor, server_pid, self.directory)
+            if isinstance(error, OSError):
+                raise LocalAWSError(f"the embedded AWS could not be started: {error}") from error
+            raise
+        state = {
+            "endpoint_url": self.endpoint_url,
+            "region": REGION,
+            "access_key_id": ACCOUNT,
+            "secret_access_key": self.secret,
+            "function": FUNCTION,
+            "bucket": BUCKET,
+            "concurrency": self.concurrency,
+            "memory": self.memory,
+            "timeout": self.timeout,
+            "pid": supervisor.pid,
+            "server_pid": server_pid,
+            "directory": str(self.directory),
+            "fingerprint": _fingerprint(self.code),
+        }
+        return state, supervisor
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        mode = "detached" if self.detach else "attached"
+        supervisor = [sys.executable, "-I", "-S", str(local_supervisor.__file__)]
+        server = [sys.executable, "-m", "ministack"]
+        with open(self.directory / "log", "ab") as log:
+            return subprocess.Popen(
+                [*supervisor, str(self.directory), mode, *server],
+                stdin=subprocess.DEVNULL if self.detach else subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self._environment(),
+                cwd=self.directory,
+                start_new_session=True,
+            )
+
+    def _environment(self) -> dict[str, str]:
+        """Return the server's whole environment, which its workers inherit."""
+        aws_config = self.directory / "aws-config"
+        aws_config.write_text("[default]\n")
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name in INHERITED or name.startswith("LC_")
+        }
+        if "PYTHONPATH" in environment:
+            environment["PYTHONPATH"] = _absolute_paths(environment["PYTHONPATH"])
+        return {
+            **environment,
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+            "TMPDIR": str(self.directory),
+            # The root user's; a worker gets those of the function's role.
+            "AWS_ACCESS_KEY_ID": ACCOUNT,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            # In place of the user's files in ~/.aws, which tasks must not see.
+            "AWS_CONFIG_FILE": str(aws_config),
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            # MiniStack's settings.
+            "AUTH": "true",
+            "BIND_HOST": "127.0.0.1",
+            "GATEWAY_PORT": str(self.port),
+            "MINISTACK_HOST": "127.0.0.1",
+            "MINISTACK_REGION": REGION,
+            "S3_PERSIST": "1",
+            "S3_DATA_DIR": str(self.directory / "s3"),
+            "STATE_DIR": str(self.directory / "state"),
+            "IOT_MTLS_ENABLED": "0",
+            "SFTP_ENABLED": "0",
+            "LOG_LEVEL": "WARNING",
+            "LAMBDA_EXECUTOR": "local",
+            "LAMBDA_ACCOUNT_CONCURRENCY": str(self.concurrency + 1000),
+            # An invocation takes one of its threads.
+            "MINISTACK_WORKER_THREADS": str(max(64, self.concurrency + 32)),
+            # It would remove containers of other MiniStacks at its start.
+            "DOCKER_HOST": f"unix://{self.directory}/no-docker",
+        }
+
+    def _message(self, supervisor: subprocess.Popen[bytes], deadline: float) -> dict[str, Any]:
+        """Return the supervisor's next message."""
+        assert supervisor.stdout is not None
+        ready, _, _ = select.select([supervisor.stdout], [], [], deadline - time.monotonic())
+        line = supervisor.stdout.readline() if ready else b""
+        if not line:
+            raise LocalAWSError("the embedded AWS could not be started" + self._log())
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def _wait_until_healthy(self, supervisor: subprocess.Popen[bytes], deadline: float) -> None:
+        assert supervisor.stdout is not None
+        while not self._is_healthy():
+            if select.select([supervisor.stdout], [], [], 0.005)[0]:
+                message = self._message(supervisor, deadline)
+                if "already in use" in message.get("log", "").lower():
+                    raise _PortInUse(self.port)
+                raise LocalAWSError("the embedded AWS ended at its start" + _ending(message))
+            if time.monotonic() > deadline:
+                raise LocalAWSError(
+                    f"the embedded AWS did not answer within {START_TIMEOUT:g} s" + self._log()
+                )
+
+    def _is_healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/_ministack/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _log(self) -> str:
+        text = local_supervisor._tail(str(self.directory / "log")).strip()
+        return f"; the end of its log:\n{text}" if text else " (its log is empty)"
+
+    def _clients(self) -> tuple[Any, Any, Any]:
+        """Make clients that no setting of the user's has a part in."""
+        import botocore.session
+        from botocore.config import Config
+
+        session = botocore.session.Session()
+        for name, value in {
+            "config_file": str(self.directory / "aws-config"),
+            "credentials_file": os.devnull,
+            "profile": "default",
+        }.items():
+            session.set_config_variable(name, value)
+        config = Config(
+            connect_timeout=5,
+            read_timeout=START_TIMEOUT,
+            retries={"mode": "standard", "total_max_attempts": 3},
+            proxies={},
+            use_fips_endpoint=False,
+            use_dualstack_endpoint=False,
+            s3={"addressing_style": "path"},
+        )
+
+        def client(service: str) -> Any:
+            return session.create_client(
+                service,
+                region_name=REGION,
+                endpoint_url=self.endpoint_url,
+                aws_access_key_id=ACCOUNT,
+                aws_secret_access_key=self.secret,
+                config=config,
+            )
+
+        return client("s3"), client("iam"), client("lambda")
+
+    def _create(self, s3: Any, iam: Any, functions: Any) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            s3.create_bucket(Bucket=BUCKET)
+            role = iam.create_role(
+                RoleName=ROLE,
+                AssumeRolePolicyDocument=_policy(
+                    "sts:AssumeRole", Principal={"Service": "lambda.amazonaws.com"}
+                ),
+            )
+            iam.put_role_policy(
+                RoleName=ROLE,
+                PolicyName="objects",
+                PolicyDocument=_policy(
+                    "s3:GetObject",
+                    "s3:PutObject",
+                    "s3:DeleteObject",
+                    "s3:ListBucket",
+                    Resource=[f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"],
+                ),
+            )
+            functions.create_function(
+                FunctionName=FUNCTION,
+                Runtime=f"python{sys.version_info.major}.{sys.version_info.minor}",
+                Handler=self.handler,
+                Role=role["Role"]["Arn"],
+                Code={"ZipFile": self.code},
+                MemorySize=self.memory,
+                Timeout=self.timeout,
+                Environment={"Variables": FUNCTION_ENVIRONMENT},
+            )
+            functions.put_function_concurrency(
+                FunctionName=FUNCTION, ReservedConcurrentExecutions=self.concurrency
+            )
+        except (BotoCoreError, ClientError) as error:
+            raise LocalAWSError(
+                f"the embedded AWS refused to be set up: {error}{self._log()}"
+            ) from error
+
+
+# One for the process.
+
+_singleton_lock = threading.Lock()
+_singletons: dict[tuple[tuple[str, Any], ...], LocalAWS] = {}
+_owned: weakref.WeakSet[LocalAWS] = weakref.WeakSet()
+
+
+def local_aws(**settings: Any) -> LocalAWS:
+    """Return this process's embedded AWS, and start it if necessary.
+
+    The one that is kept running by ``dask-lambda local start`` is used if its code, its
+    environment and the given settings match; else one is started that ends with this process.
+
+    Parameters
+    ----------
+    **settings
+        As for :meth:`LocalAWS.start`.  The same settings return the same object.
+
+    Returns
+    -------
+    LocalAWS
+
+    Raises
+    ------
+    LocalAWSError
+        It could not be started.
+    """
+    if "detach" in settings:
+        raise ConfigurationError("local_aws() ends with its process: use start_shared()")
+    name = tuple(sorted(settings.items()))
+    with _singleton_lock:
+        aws = _singletons.get(name)
+        if aws is None or not aws.is_alive():
+            aws = _matching_shared(settings) or LocalAWS.start(**settings)
+            _singletons[name] = aws
+        return aws
+
+
+def _matching_shared(settings: dict[str, Any]) -> LocalAWS | None:
+    try:
+        shared = shared_status()
+    except OSError as error:
+        logger.debug("no shared embedded AWS: %s", error)
+        return None
+    if shared is None:
+        return None
+    code = settings.get("code")
+    differs = _differences(shared, worker_code() if code is None else code)
+    differs += _setting_differences(shared, settings)
+    if differs:
+        logger.info(
+            "the embedded AWS at %s is not used: %s", shared.endpoint_url, "; ".join(differs)
+        )
+        return None
+    return shared
+
+
+@atexit.register
+def _stop_owned() -> None:
+    """Stop those that this process started."""
+    for aws in list(_owned):
+        aws.stop()
+
+
+def _forget_after_fork() -> None:
+    """In a forked child nothing is owned, and the parent's pipes are not held open."""
+    global _singleton_lock
+    _singleton_lock = threading.Lock()
+    _singletons.clear()
+    for aws in list(_owned):
+        aws._release_after_fork()
+    _owned.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+# One for several processes.
+
+
+def state_directory() -> Path:
+    """Return the directory of the shared one's state file.
+
+    ``DASK_LAMBDA_STATE_DIR``, or ``dask-lambda`` in ``XDG_RUNTIME_DIR`` or in the user's cache
+    directory.
+    """
+    if explicit := os.environ.get("DASK_LAMBDA_STATE_DIR"):
+        return Path(explicit)
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "dask-lambda"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "dask-lambda"
+
+
+def start_shared(**settings: Any) -> LocalAWS:
+    """Return the embedded AWS that is kept running for all of the user's processes.
+
+    Parameters
+    ----------
+    **settings
+        As for :meth:`LocalAWS.start`.
+
+    Raises
+    ------
+    LocalAWSError
+        It could not be started, or one is running with other settings or other code.
+    """
+    with _state_locked():
+        shared = shared_status()
+        if shared is not None:
+            code = settings.get("code")
+            differs = _differences(shared, worker_code() if code is None else code)
+            differs += _setting_differences(shared, settings)
+            if differs:
+                raise LocalAWSError(
+                    f"an embedded AWS is running at {shared.endpoint_url}, but {differs[0]}: "
+                    "stop it first (dask-lambda local stop)"
+                )
+            return shared
+        aws = LocalAWS.start(**{**settings, "detach": True})
+        try:
+            _write_state(aws._state())
+        except BaseException:
+            aws.stop()
+            raise
+        return aws
+
+
+def shared_status() -> LocalAWS | None:
+    """Return the embedded AWS that is kept running, or None.
+
+    A state file whose process is gone is removed.
+    """
+    path = state_directory() / "local.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        shared = LocalAWS(json.loads(text))
+    except (ValueError, KeyError, TypeError):  # another version's
+        shared = None
+    if shared is not None and _lock_is_held(shared.directory):
+        return shared
+    path.unlink(missing_ok=True)
+    return None
+
+
+def stop_shared() -> bool:
+    """Stop the one that is kept running; return whether there was one."""
+    with _state_locked():
+        shared = shared_status()
+        if shared is None:
+            return False
+        _terminate(shared.pid, shared.directory)
+        (state_directory() / "local.json").unlink(missing_ok=True)
+        return True
+
+
+def _write_state(state: dict[str, Any]) -> None:
+    path = state_directory() / "local.json"
+    with tempfile.NamedTemporaryFile(  # created with mode 0600
+        "w", dir=path.parent, prefix=".local-", delete=False, encoding="utf-8"
+    ) as file:
+        json.dump(state, file, indent=1)
+    os.replace(file.name, path)
+
+
+@contextmanager
+def _state_locked() -> Iterator[None]:
+    """Let one process at a time start or stop the shared one."""
+    import fcntl
+
+    directory = state_directory()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(directory / "local.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _terminate(pid: int, directory: Path) -> None:
+    """End another process's supervisor; its lock is held, so the id is its own."""
+    with _ignoring_missing():
+        os.kill(pid, signal.SIGTERM)
+    if not _poll_until(lambda: not _lock_is_held(directory), STOP_TIMEOUT):
+        with _ignoring_missing():
+            os.kill(pid, signal.SIGKILL)
+        _poll_until(lambda: not _lock_is_held(directory), STOP_TIMEOUT)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _differences(shared: LocalAWS, code: bytes) -> list[str]:
+    ours = _fingerprint(code)
+    return [
+        f"its {name.replace('_', ' ')} differs from this process's"
+        for name, value in ours.items()
+        if shared._fingerprint.get(name) != value
+    ]
+
+
+def _setting_differences(shared: LocalAWS, settings: dict[str, Any]) -> list[str]:
+    actual = {
+        "concurrency": shared.concurrency,
+        "memory": shared.memory,
+        "timeout": shared.timeout,
+        "port": int(shared.endpoint_url.rpartition(":")[2]),
+        "directory": shared.directory.parent,
+    }
+    return [
+        f"its {name} is {actual[name]}, not {value}"
+        for name, value in settings.items()
+        if name in actual and value is not None and actual[name] != value
+    ]
+
+
+def _fingerprint(code: bytes) -> dict[str, Any]:
+    """Return what must be equal for one process's tasks to run in another one's workers."""
+    return {
+        "python": sys.version,
+        "environment": sys.prefix,
+        "python_path": _absolute_paths(os.environ.get("PYTHONPATH", "")),
+        "worker_code": hashlib.sha256(code).hexdigest(),
+        **{
+            f"{package}_version": importlib.metadata.version(package)
+            for package in ("dask", "cloudpickle", "numpy")
+        },
+    }
+
+
+# Small parts.
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def worker_code() -> bytes:
+    """Return the installed ``lambda_worker`` as a zip file; equal files give equal bytes."""
+    spec = importlib.util.find_spec("lambda_worker")
+    if spec is None or not spec.submodule_search_locations:
+        raise LocalAWSError("the package lambda_worker is not installed: reinstall dask_lambda")
+    root = Path(spec.submodule_search_locations[0])
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(root.rglob("*.py")):
+            name = zipfile.ZipInfo(f"lambda_worker/{path.relative_to(root).as_posix()}")
+            name.external_attr = 0o644 << 16
+            archive.writestr(name, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ConfigurationError(f"{name} must be between {low} and {high}, not {value!r}")
+
+
+def _usable_port(port: int | None) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port or 0))
+        except PermissionError as error:
+            raise LocalAWSError(f"port {port} is reserved: choose one above 1023") from error
+        except OSError:
+            raise _PortInUse(port or 0) from None
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+def _absolute_paths(paths: str) -> str:
+    return os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep) if path)
+
+
+def _policy(*actions: str, **fields: Any) -> str:
+    statement = {"Effect": "Allow", "Action": actions, **fields}
+    return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+
+
+def _ending(message: dict[str, Any]) -> str:
+    log = str(message.get("log", "")).strip()
+    return f" (exit code {message.get('exit')})" + (f"; the end of its log:\n{log}" if log else "")
+
+
+def _lock_is_held(directory: Path) -> bool:
+    """Whether the supervisor of this directory lives."""
+    import fcntl
+
+    try:
+        with open(directory / "lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _sweep(parent: Path) -> None:
+    """Remove directories whose supervisor was killed together with its client."""
+    for path in parent.glob(PREFIX + "*"):
+        try:
+            if path.stat().st_uid != os.getuid() or not (path / "lock").exists():
+                continue
+        except OSError:
+            continue
+        if not _lock_is_held(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _stop_supervisor(
+    supervisor: subprocess.Popen[bytes], server_pid: int | None, directory: Path
+) -> None:
+    """End a supervisor of this process, and do its work if it could not."""
+    if supervisor.stdin is not None:
+        with _ignoring_missing():
+            supervisor.stdin.close()
+    elif supervisor.poll() is None:
+        supervisor.terminate()
+    try:
+        supervisor.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        supervisor.kill()
+        supervisor.wait()
+    if supervisor.stdout is not None:
+        supervisor.stdout.close()
+    if directory.exists():  # the supervisor was killed
+        if server_pid is not None:
+            with _ignoring_missing():
+                os.killpg(server_pid, signal.SIGKILL)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _ignoring_missing() -> Iterator[None]:
+    """A process or a pipe that is gone is what was wanted."""
+    try:
+        yield
+    except (ProcessLookupError, PermissionError, BrokenPipeError):
+        return
+
+
+def _poll_until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
