@@ -10,9 +10,11 @@ files to deploy.
 
 Notes
 -----
-* Every request is authenticated (MiniStack's ``AUTH=true``) with a secret that is made for each
-  start: on a shared machine another user, and in a browser another site's page, can reach a
-  loopback port, and who may create a Lambda function may run code.
+* The server answers only requests with an access key that is drawn at each start: another user
+  of the machine, and a web page in the user's browser, can reach a loopback port too, and who
+  may create a Lambda function may run code (:mod:`dask_lambda.local_server`).
+* The function's role and its policy are enforced (MiniStack's ``AUTH=true``), and workers have
+  temporary credentials, as on AWS.
 * Objects live in files below a private directory (``S3_PERSIST=1``), so that the server's memory
   does not grow with the data.
 * The server and the workers see a short list of the user's environment variables only, as on
@@ -47,7 +49,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dask_lambda import local_supervisor
+from dask_lambda import local_server, local_supervisor
 from dask_lambda.errors import ConfigurationError, LocalAWSError
 
 __all__ = [
@@ -64,8 +66,6 @@ __all__ = [
 logger = logging.getLogger("dask_lambda")
 
 REGION = "us-east-1"
-#: MiniStack's own account; a 12-digit access key means "the root user of this account" to it.
-ACCOUNT = "000000000000"
 FUNCTION = "dask-lambda"
 BUCKET = "dask-lambda-local"
 ROLE = "dask-lambda-worker"
@@ -243,6 +243,17 @@ class LocalAWS:
         )
         return aws
 
+    def client(self, service: str) -> Any:
+        """Return a botocore client of one of its services (``"s3"``, ``"lambda"``, ...)."""
+        (client,) = _clients(
+            [service],
+            self.endpoint_url,
+            self.access_key_id,
+            self.secret_access_key,
+            self.directory / "aws-config",
+        )
+        return client
+
     def is_alive(self) -> bool:
         """Whether it is running."""
         if self._supervisor is not None and self._owner == os.getpid():
@@ -320,6 +331,8 @@ class _Start:
         self.handler = handler
         self.detach = detach
         self.endpoint_url = f"http://127.0.0.1:{self.port}"
+        # To MiniStack, a 12-digit access key is the root user of the account of that number.
+        self.account = str(10**11 + secrets.randbelow(9 * 10**11))
         self.secret = secrets.token_hex(20)
 
     def run(self) -> tuple[dict[str, Any], subprocess.Popen[bytes]]:
@@ -336,7 +349,14 @@ class _Start:
         try:
             supervisor = self._spawn()
             deadline = time.monotonic() + START_TIMEOUT
-            clients = self._clients()  # takes as long as the server's start, so do it meanwhile
+            # This takes as long as the server's start, so do it meanwhile.
+            clients = _clients(
+                ["s3", "iam", "lambda"],
+                self.endpoint_url,
+                self.account,
+                self.secret,
+                self.directory / "aws-config",
+            )
             server_pid = self._message(supervisor, deadline)["pid"]
             self._wait_until_healthy(supervisor, deadline)
             self._create(*clients)
@@ -351,7 +371,7 @@ class _Start:
         state = {
             "endpoint_url": self.endpoint_url,
             "region": REGION,
-            "access_key_id": ACCOUNT,
+            "access_key_id": self.account,
             "secret_access_key": self.secret,
             "function": FUNCTION,
             "bucket": BUCKET,
@@ -368,7 +388,7 @@ class _Start:
     def _spawn(self) -> subprocess.Popen[bytes]:
         mode = "detached" if self.detach else "attached"
         supervisor = [sys.executable, "-I", "-S", str(local_supervisor.__file__)]
-        server = [sys.executable, "-m", "ministack"]
+        server = [sys.executable, "-P", str(local_server.__file__)]
         with open(self.directory / "log", "ab") as log:
             return subprocess.Popen(
                 [*supervisor, str(self.directory), mode, *server],
@@ -397,7 +417,7 @@ class _Start:
             "no_proxy": "127.0.0.1,localhost",
             "TMPDIR": str(self.directory),
             # The root user's; a worker gets those of the function's role.
-            "AWS_ACCESS_KEY_ID": ACCOUNT,
+            "AWS_ACCESS_KEY_ID": self.account,
             "AWS_SECRET_ACCESS_KEY": self.secret,
             # In place of the user's files in ~/.aws, which tasks must not see.
             "AWS_CONFIG_FILE": str(aws_config),
@@ -407,6 +427,7 @@ class _Start:
             "AUTH": "true",
             "BIND_HOST": "127.0.0.1",
             "GATEWAY_PORT": str(self.port),
+            "MINISTACK_ACCOUNT_ID": self.account,
             "MINISTACK_HOST": "127.0.0.1",
             "MINISTACK_REGION": REGION,
             "S3_PERSIST": "1",
@@ -459,40 +480,6 @@ class _Start:
     def _log(self) -> str:
         text = local_supervisor._tail(str(self.directory / "log")).strip()
         return f"; the end of its log:\n{text}" if text else " (its log is empty)"
-
-    def _clients(self) -> tuple[Any, Any, Any]:
-        """Make clients that no setting of the user's has a part in."""
-        import botocore.session
-        from botocore.config import Config
-
-        session = botocore.session.Session()
-        for name, value in {
-            "config_file": str(self.directory / "aws-config"),
-            "credentials_file": os.devnull,
-            "profile": "default",
-        }.items():
-            session.set_config_variable(name, value)
-        config = Config(
-            connect_timeout=5,
-            read_timeout=START_TIMEOUT,
-            retries={"mode": "standard", "total_max_attempts": 3},
-            proxies={},
-            use_fips_endpoint=False,
-            use_dualstack_endpoint=False,
-            s3={"addressing_style": "path"},
-        )
-
-        def client(service: str) -> Any:
-            return session.create_client(
-                service,
-                region_name=REGION,
-                endpoint_url=self.endpoint_url,
-                aws_access_key_id=ACCOUNT,
-                aws_secret_access_key=self.secret,
-                config=config,
-            )
-
-        return client("s3"), client("iam"), client("lambda")
 
     def _create(self, s3: Any, iam: Any, functions: Any) -> None:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -790,20 +777,57 @@ def worker_code() -> bytes:
     return buffer.getvalue()
 
 
-def _check_range(name: str, value: int, low: int, high: int) -> None:
+def _clients(
+    services: list[str], endpoint_url: str, access_key: str, secret: str, config_file: Path
+) -> list[Any]:
+    """Make botocore clients that no setting of the user's has a part in."""
+    import botocore.session
+    from botocore.config import Config
+
+    session = botocore.session.Session()
+    for name, value in {
+        "config_file": str(config_file),
+        "credentials_file": os.devnull,
+        "profile": "default",
+    }.items():
+        session.set_config_variable(name, value)
+    config = Config(
+        connect_timeout=5,
+        read_timeout=START_TIMEOUT,
+        retries={"mode": "standard", "total_max_attempts": 3},
+        proxies={},
+        use_fips_endpoint=False,
+        use_dualstack_endpoint=False,
+        s3={"addressing_style": "path"},
+    )
+    return [
+        session.create_client(
+            service,
+            region_name=REGION,
+            endpoint_url=endpoint_url,
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret,
+            config=config,
+        )
+        for service in services
+    ]
+
+
+def _check_range(name: str, value: Any, low: int, high: int) -> None:
     if not isinstance(value, int) or not low <= value <= high:
         raise ConfigurationError(f"{name} must be between {low} and {high}, not {value!r}")
 
 
 def _usable_port(port: int | None) -> int:
+    wanted = 0 if port is None else port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port or 0))
+            probe.bind(("127.0.0.1", wanted))
         except PermissionError as error:
             raise LocalAWSError(f"port {port} is reserved: choose one above 1023") from error
         except OSError:
-            raise _PortInUse(port or 0) from None
+            raise _PortInUse(wanted) from None
         chosen: int = probe.getsockname()[1]
         return chosen
 

@@ -1,0 +1,120 @@
+"""The command line, ``dask-lambda`` or ``python -m dask_lambda``.
+
+May import: click; everything else inside the commands, so that ``--help`` is immediate.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dask_lambda.local import LocalAWS
+
+#: Exit code of ``status`` when nothing runs, as with the init scripts of Unix services.
+NOT_RUNNING = 3
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class _Group(click.Group):
+    """A group whose commands show our errors as one message, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from dask_lambda.errors import DaskLambdaError
+
+        try:
+            return super().invoke(ctx)
+        except DaskLambdaError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group)
+@click.version_option(package_name="dask_lambda", prog_name="dask-lambda")
+def main() -> None:
+    """Run Dask graphs on AWS Lambda and S3."""
+
+
+@main.group()
+def local() -> None:
+    """Keep an embedded AWS running on this machine, for several processes."""
+
+
+@local.command()
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 10_000),
+    help="Concurrent invocations, each a process; default: twice the cores.",
+)
+@click.option("--port", type=click.IntRange(1, 65_535), help="Default: a free port.")
+@as_json
+def start(concurrency: int | None, port: int | None, as_json: bool) -> None:
+    """Start it, unless it is running."""
+    from dask_lambda.local import shared_status, start_shared
+
+    before = shared_status()
+    aws = start_shared(concurrency=concurrency, port=port)
+    started = before is None or before.pid != aws.pid
+    if as_json:
+        _print_json({**_describe(aws), "started": started})
+        return
+    click.echo("started" if started else "already running")
+    _print_description(aws)
+    click.echo("Dask programs on this machine use it now; to stop it: dask-lambda local stop")
+
+
+@local.command()
+@as_json
+@click.pass_context
+def status(context: click.Context, as_json: bool) -> None:
+    """Say whether it runs: exit code 0, or 3 if it does not."""
+    from dask_lambda.local import shared_status
+
+    aws = shared_status()
+    if as_json:
+        _print_json({"running": False} if aws is None else _describe(aws))
+    elif aws is None:
+        click.echo("not running")
+    else:
+        click.echo("running")
+        _print_description(aws)
+    context.exit(NOT_RUNNING if aws is None else 0)
+
+
+@local.command()
+@as_json
+def stop(as_json: bool) -> None:
+    """Stop it, if it is running, and remove its data."""
+    from dask_lambda.local import stop_shared
+
+    stopped = stop_shared()
+    if as_json:
+        _print_json({"stopped": stopped})
+    else:
+        click.echo("stopped" if stopped else "not running")
+
+
+def _describe(aws: LocalAWS) -> dict[str, Any]:
+    return {
+        "running": True,
+        "endpoint_url": aws.endpoint_url,
+        "region": aws.region,
+        "function": aws.function,
+        "bucket": aws.bucket,
+        "concurrency": aws.concurrency,
+        "memory": aws.memory,
+        "timeout": aws.timeout,
+        "pid": aws.pid,
+        "directory": str(aws.directory),
+    }
+
+
+def _print_description(aws: LocalAWS) -> None:
+    for name in ("endpoint_url", "function", "bucket", "concurrency", "pid"):
+        click.echo(f"  {name.replace('_url', ''):12} {getattr(aws, name)}")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, indent=1))
