@@ -31,8 +31,27 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
 
 
+def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    from importlib import metadata
+
+    if wanted and not context.resilient_parsing:
+        try:
+            version = metadata.version("dask_lambda")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        click.echo(f"dask-lambda {version}")
+        context.exit()
+
+
 @click.group(cls=_Group)
-@click.version_option(package_name="dask_lambda", prog_name="dask-lambda")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version.",
+)
 def main() -> None:
     """Run Dask graphs on AWS Lambda and S3."""
 

@@ -1,8 +1,8 @@
 """From what Dask hands a scheduler to a plain graph.  May import: dask, the ground, errors.
 
 A scheduler is called with an ``Expr``, a ``HighLevelGraph``, a dict of task specifications, or
-a dict that still holds legacy tuples.  :func:`normalise` turns each of them into a
-:class:`Graph`: only what the requested keys need, with the nodes sorted by what has to happen
+a dict that still holds legacy tuples.  :func:`materialise` turns each into a dict of nodes, and
+:func:`normalise` that into a :class:`Graph`: only what the requested keys need, with the nodes sorted by what has to happen
 for them (tasks run, literals are at hand, stored results are in S3, aliases are mere names).
 """
 
@@ -77,13 +77,25 @@ class Graph:
         return {aliases.get(d, d) for d in self.tasks[key].dependencies}
 
 
-def normalise(dsk: Any, keys: Any) -> Graph:
-    """Turn whatever a scheduler is called with into a :class:`Graph`.
+def materialise(dsk: Any) -> dict[Key, GraphNode]:
+    """Turn whatever a scheduler is called with into a dict of task specifications.
 
     Parameters
     ----------
     dsk : Expr, HighLevelGraph or mapping
         An optimised expression, or a graph of task specifications or legacy tuples.
+    """
+    mapping = dsk if isinstance(dsk, Mapping) else dsk.__dask_graph__()
+    return convert_legacy_graph(dict(mapping))
+
+
+def normalise(dsk: dict[Key, GraphNode], keys: Any) -> Graph:
+    """Sort what the requested keys need by what has to happen for it.
+
+    Parameters
+    ----------
+    dsk : dict
+        What :func:`materialise` returned; callbacks may have put plain values in.
     keys : key or (nested) list of keys
 
     Raises
@@ -93,8 +105,7 @@ def normalise(dsk: Any, keys: Any) -> Graph:
     CyclicGraphError
         If aliases run in a circle (other cycles show when the graph is ordered).
     """
-    mapping = dsk if isinstance(dsk, Mapping) else dsk.__dask_graph__()
-    nodes = convert_legacy_graph(dict(mapping))
+    nodes = convert_legacy_graph(dsk)
     wanted = list(flatten(keys)) if isinstance(keys, list) else [keys]
     source = _cull(nodes, wanted)
     graph = Graph({}, {}, {}, {}, frozenset(wanted), source)

@@ -698,9 +698,12 @@ def _state_locked() -> Iterator[None]:
 
     directory = state_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(directory / "local.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
 
 
 def _terminate(pid: int, directory: Path) -> None:

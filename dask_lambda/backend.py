@@ -1,0 +1,106 @@
+"""Where invocations and objects go: real AWS, or the embedded one.
+
+May import: config, errors, invoke, local (late), the ground, boto3 (late).  The engine does not
+know which of the two it talks to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dask_lambda.config import DEFAULT_CONCURRENCY, Settings
+from dask_lambda.errors import AccessDeniedError, ConfigurationError
+from dask_lambda.invoke import LambdaInvoker
+from lambda_worker.store import open_bucket
+
+
+@dataclass(slots=True)
+class AWSBackend:
+    """A function, a bucket, and the way to both."""
+
+    invoker: LambdaInvoker
+    bucket_name: str
+    bucket: Any
+    prefix: str
+    window: int
+    is_alive: Callable[[], bool]
+
+
+def open_backend(settings: Settings) -> AWSBackend:
+    """Find credentials and open clients; the embedded AWS is started if it is meant.
+
+    Raises
+    ------
+    ConfigurationError
+        If no region is configured.
+    AccessDeniedError
+        If there are no credentials.
+    LocalAWSError
+        If the embedded AWS cannot be started.
+    """
+    return _local(settings) if settings.is_local else _aws(settings)
+
+
+def _local(settings: Settings) -> AWSBackend:
+    from botocore.credentials import Credentials
+
+    from dask_lambda.local import local_aws
+
+    aws = local_aws(
+        concurrency=settings.concurrency, memory=settings.memory, timeout=settings.timeout
+    )
+    invoker = LambdaInvoker(
+        aws.function,
+        aws.region,
+        Credentials(aws.access_key_id, aws.secret_access_key),
+        aws.endpoint_url,
+        settings.timeout,
+    )
+    bucket = open_bucket(
+        aws.bucket,
+        endpoint_url=aws.endpoint_url,
+        region=aws.region,
+        access_key_id=aws.access_key_id,
+        secret_access_key=aws.secret_access_key,
+        retry_seconds=10.0,
+    )
+    window = min(settings.concurrency or aws.concurrency, aws.concurrency)
+    return AWSBackend(invoker, aws.bucket, bucket, settings.prefix, window, aws.is_alive)
+
+
+def _aws(settings: Settings) -> AWSBackend:
+    import boto3
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    assert settings.function is not None and settings.bucket is not None
+    session = boto3.Session(region_name=settings.region)
+    if session.region_name is None:
+        raise ConfigurationError(
+            "no AWS region is configured: set dask-lambda.region or AWS_REGION"
+        )
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise AccessDeniedError(
+            "no AWS credentials were found: log in, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY (or set dask-lambda.backend to 'local' to use none)"
+        )
+    config = session.client("lambda", endpoint_url=settings.endpoint_url).meta
+    invoker = LambdaInvoker(
+        settings.function,
+        session.region_name,
+        credentials,
+        config.endpoint_url,
+        settings.timeout,
+    )
+    bucket = open_bucket(
+        settings.bucket,
+        endpoint_url=settings.endpoint_url,
+        region=session.region_name,
+        credential_provider=Boto3CredentialProvider(session),
+    )
+    window = settings.concurrency or DEFAULT_CONCURRENCY
+    return AWSBackend(
+        invoker, settings.bucket, bucket, settings.prefix, window, is_alive=lambda: True
+    )

@@ -1,0 +1,130 @@
+"""Settings: defaults, Dask's configuration, keywords.  May import: dask.config, errors.
+
+Later wins: ``dask_lambda.yaml``, the user's Dask configuration (files, ``DASK_DASK_LAMBDA__...``
+variables, ``dask.config.set``) under ``dask-lambda:``, and keywords of the classes, in which a
+dash is an underscore.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from importlib import resources
+from typing import Any
+
+import dask.config
+import yaml
+
+from dask_lambda.errors import ConfigurationError
+
+#: Lambda quotas.
+MAX_TIMEOUT = 900
+MIN_MEMORY, MAX_MEMORY = 128, 10_240
+#: Concurrent executions of an account by default (Lambda quotas).
+DEFAULT_CONCURRENCY = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of one scheduler; see ``dask_lambda.yaml`` for what each means."""
+
+    backend: str
+    function: str | None
+    bucket: str | None
+    prefix: str
+    region: str | None
+    endpoint_url: str | None
+    concurrency: int | None
+    inline_bytes: int
+    plan: str
+    memory: int
+    timeout: int
+    retries: int
+
+    @classmethod
+    def resolve(cls, **overrides: Any) -> Settings:
+        """Read the configuration as it is now.
+
+        Raises
+        ------
+        ConfigurationError
+            For an unknown name, or a value of the wrong type or out of range.
+        """
+        names = [f.name for f in fields(cls)]
+        check_names(overrides)
+        values = {n: dask.config.get(f"dask-lambda.{n.replace('_', '-')}", None) for n in names}
+        values.update(overrides)
+        settings = cls(**values)
+        settings._validate()
+        return settings
+
+    def _validate(self) -> None:
+        _choice("backend", self.backend, ("auto", "local", "aws"))
+        _choice("plan", self.plan, ("none",))
+        for name in ("function", "bucket", "region", "endpoint_url"):
+            _check(name, getattr(self, name), "text", lambda v: v is None or _is_name(v))
+        _check(
+            "prefix",
+            self.prefix,
+            "text without slashes at its ends",
+            lambda v: _is_name(v) and v.strip("/") == v,
+        )
+        _check("concurrency", self.concurrency, "1 or more", lambda v: v is None or _int(v, 1))
+        _check("inline_bytes", self.inline_bytes, "0 to 4,000,000", lambda v: _int(v, 0, 4_000_000))
+        memory = f"{MIN_MEMORY} to {MAX_MEMORY} (MB)"
+        _check("memory", self.memory, memory, lambda v: _int(v, MIN_MEMORY, MAX_MEMORY))
+        timeout = f"1 to {MAX_TIMEOUT} (seconds)"
+        _check("timeout", self.timeout, timeout, lambda v: _int(v, 1, MAX_TIMEOUT))
+        _check("retries", self.retries, "0 or more", lambda v: _int(v, 0))
+        if self.backend == "aws" and not (self.function and self.bucket):
+            missing = [n for n in ("function", "bucket") if not getattr(self, n)]
+            raise ConfigurationError(
+                f"dask-lambda.backend is 'aws', but {' and '.join(missing)} not set; set "
+                + " and ".join(f"dask-lambda.{n}" for n in missing)
+            )
+        if self.backend == "auto" and bool(self.function) != bool(self.bucket):
+            there, not_there = ("function", "bucket") if self.function else ("bucket", "function")
+            raise ConfigurationError(
+                f"dask-lambda.{there} is set but dask-lambda.{not_there} is not: set both for "
+                "AWS, none for the embedded one"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the embedded AWS is meant."""
+        return self.backend == "local" or (self.backend == "auto" and not self.function)
+
+
+def load_defaults() -> None:
+    """Merge ``dask_lambda.yaml`` into Dask's configuration; what the user set stays."""
+    text = resources.files("dask_lambda").joinpath("dask_lambda.yaml").read_text("utf-8")
+    dask.config.update_defaults(yaml.safe_load(text))
+
+
+def check_names(overrides: dict[str, Any]) -> None:
+    """Refuse keywords that are not settings."""
+    names = [f.name for f in fields(Settings)]
+    unknown = [name for name in overrides if name not in names]
+    if unknown:
+        raise ConfigurationError(
+            f"unknown setting {', '.join(map(repr, unknown))}; settings are {', '.join(names)}"
+        )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _int(value: Any, low: int, high: int | None = None) -> bool:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return is_int and value >= low and (high is None or value <= high)
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    _check(name, value, "one of " + ", ".join(map(repr, choices)), lambda v: v in choices)
+
+
+def _check(name: str, value: Any, expected: str, good: Any) -> None:
+    if not good(value):
+        raise ConfigurationError(
+            f"dask-lambda.{name.replace('_', '-')} is {value!r}; it must be {expected}"
+        )

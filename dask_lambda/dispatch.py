@@ -1,0 +1,570 @@
+"""Carrying out the state machine's instructions: the only place where the engine meets the world.
+
+May import: state, plan, graph, failures, invoke, report, the ground.
+
+An :class:`Engine` is one asyncio loop in one background thread, so that it works in scripts, in
+notebooks (where a loop is running already) and inside other schedulers.  All runs of a scheduler
+share it, with its connection pool and its window.  The state machine and everything about a
+:class:`Run` are touched in that thread only; a caller hands a run over with :meth:`Engine.start`
+and then listens to :attr:`Run.events`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets as tokens
+import threading
+import time
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from dask_lambda import errors, failures
+from dask_lambda.encode import Encoder
+from dask_lambda.graph import Graph, short
+from dask_lambda.invoke import Reply
+from dask_lambda.plan import Group, Plan
+from dask_lambda.report import RunCounts
+from dask_lambda.state import (
+    Event,
+    Failure,
+    FailureKind,
+    GroupsAdded,
+    InvocationEnded,
+    Invoke,
+    Release,
+    RunCancelled,
+    RunDrained,
+    RunEnded,
+    State,
+    TimePassed,
+    Wake,
+)
+from lambda_worker import codec, protocol
+from lambda_worker.errors import StoreError
+from lambda_worker.protocol import Key, Reference, Value
+from lambda_worker.store import Store
+
+logger = logging.getLogger("dask_lambda")
+
+#: Downloads of results at the same time.
+FETCHES = 32
+#: Deletes are collected for so many seconds, or until there are so many.
+DELETE_DELAY = 0.25
+DELETE_BATCH = 1000
+#: Values that travel inline are held by the client until their last reader is done.  Above this
+#: many bytes in all, new results go through S3 whatever their size.
+MAX_HELD_BYTES = 256 * 2**20
+#: How long closing waits for invocations in flight, whose outputs are then deleted.
+CLOSE_SECONDS = 1.0
+
+
+class Backend(Protocol):
+    """Where invocations and objects go."""
+
+    invoker: Any  #: with ``open``, ``close``, ``check`` and ``invoke``, as LambdaInvoker
+    bucket_name: str
+    bucket: Any  #: an obstore store
+    prefix: str
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStarted:
+    """A task was sent to Lambda."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFinished:
+    """A task is done; its value, still sealed, if the caller asked for values."""
+
+    key: Key
+    data: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSucceeded:
+    """All is done and the results are at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailed:
+    """The run failed."""
+
+    exception: BaseException
+
+
+@dataclass(eq=False)
+class Run:
+    """One graph being computed.
+
+    Attributes
+    ----------
+    events : SimpleQueue
+        What the caller hears: :class:`TaskStarted` and :class:`TaskFinished` if ``watch`` is
+        set, at last :class:`RunSucceeded` or :class:`RunFailed`.
+    results : dict
+        Sealed values of ``plan.fetch``, by key.
+    values : dict
+        Where each output is that is still needed.
+    """
+
+    graph: Graph
+    plan: Plan
+    store: Store
+    encoder: Encoder
+    name: str
+    secret: bytes
+    inline_bytes: int
+    keep_results: bool
+    watch: bool
+    watch_values: bool
+    counts: RunCounts = field(default_factory=RunCounts)
+    events: SimpleQueue[Any] = field(default_factory=SimpleQueue)
+    results: dict[Key, Any] = field(default_factory=dict)
+    values: dict[Key, Value] = field(default_factory=dict)
+    inline: dict[Key, int] = field(default_factory=dict)  # bytes of inline values
+    held: int = 0  # their sum
+    uncertain: set[str] = field(default_factory=set)  # may have been written, nobody said so
+    trash: list[str] = field(default_factory=list)
+    deleting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    delete_soon: bool = False
+    fetches: set[asyncio.Task[None]] = field(default_factory=set)
+    over: bool = False  # the outcome is known: nothing more is sent
+    drained: asyncio.Event = field(default_factory=asyncio.Event)  # nobody writes any more
+
+    def object_name(self, key: Key) -> str:
+        """Return the name under which a key's value is stored."""
+        return self.encoder.object_name(protocol.key_label(key))
+
+    def load(self, key: Key) -> Any:
+        """Decode a result, giving up its sealed bytes."""
+        return codec.loads(self.results.pop(key), self.secret, self.object_name(key))
+
+
+class Engine:
+    """Runs graphs.
+
+    Parameters
+    ----------
+    backend : Backend
+    """
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.state = State(backend.window, seed=tokens.randbits(32))
+        self.pid = os.getpid()
+        self.closed = False
+        self._runs: dict[str, Run] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._fetching = asyncio.Semaphore(FETCHES)
+        self._kept: dict[str, tuple[bytes, set[str]]] = {}  # run -> secret, object names
+        self._store = Store(backend.bucket)
+        self._lock = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._work, name="dask-lambda", daemon=True)
+        self._thread.start()
+
+    # -- called from any thread ------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open connections and check that function and bucket are there and may be used.
+
+        Raises
+        ------
+        DaskLambdaError
+            FunctionNotFoundError, BucketNotFoundError, AccessDeniedError or InvocationError.
+        """
+        self._call(self._open()).result()
+
+    def start(
+        self,
+        graph: Graph,
+        plan: Plan,
+        *,
+        inline_bytes: int,
+        keep_results: bool = False,
+        watch: bool = False,
+        watch_values: bool = False,
+    ) -> Run:
+        """Start a run.
+
+        Parameters
+        ----------
+        graph, plan
+        inline_bytes : int
+            Results up to this size travel in the reply.
+        keep_results : bool
+            Leave the results in S3, in place of fetching them.
+        watch : bool
+            Tell of each task in ``Run.events``; with ``watch_values`` with its value.
+        """
+        name, secret = tokens.token_hex(16), tokens.token_bytes(32)
+        store = Store(self.backend.bucket)
+        run = Run(
+            graph=graph,
+            plan=plan,
+            store=store,
+            encoder=Encoder(
+                graph,
+                store,
+                prefix=self.backend.prefix,
+                bucket=self.backend.bucket_name,
+                run=name,
+                secret=secret,
+                secret_of=self._secret_of,
+            ),
+            name=name,
+            secret=secret,
+            inline_bytes=inline_bytes,
+            keep_results=keep_results,
+            watch=watch,
+            watch_values=watch_values,
+        )
+        self._loop.call_soon_threadsafe(self._start, run)
+        return run
+
+    def cancel(self, run: Run, patience: float) -> None:
+        """Stop a run: nothing more is sent, and what it has written is deleted.
+
+        What is in flight goes on in Lambda (nobody can stop it); its outputs are deleted as it
+        ends.  Returns after the first deletion, or after ``patience`` seconds.
+        """
+        done = self._call(self._cancel(run))
+        with suppress(TimeoutError):
+            done.result(patience)
+
+    def fetch(self, name: str) -> Any:
+        """Return the sealed bytes of an object, from any other thread than the engine's."""
+        return self._call(self._store.get_async(name)).result()
+
+    def load(self, reference: Reference) -> Any:
+        """Load a stored result."""
+        secret, _ = self._kept[protocol.run_of(reference.name)]
+        return codec.loads(self.fetch(reference.name), secret, reference.name)
+
+    def forget(self, name: str) -> None:
+        """Delete a stored result that nobody refers to any more."""
+        if not self.closed and self.pid == os.getpid():
+            with suppress(RuntimeError):  # the loop may be closing at this moment
+                self._loop.call_soon_threadsafe(self._forget, name)
+
+    def close(self) -> None:
+        """Cancel all runs, delete all that is stored, end the thread.  Idempotent."""
+        with self._lock:
+            if self.closed or self.pid != os.getpid():
+                return
+            self.closed = True
+        try:
+            self._call(self._close()).result(CLOSE_SECONDS + 10)
+        except TimeoutError:
+            logger.warning("closing the engine took too long; objects may be left in the bucket")
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    # -- in the engine's thread ------------------------------------------------------------------
+
+    def _work(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _open(self) -> None:
+        await self.backend.invoker.open()
+        failure = await self.backend.invoker.check()
+        if failure is None:
+            try:
+                prefix = f"{protocol.shards()[0]}/{self.backend.prefix}/"
+                async for _ in self._store.list_async(prefix):
+                    break
+            except StoreError as error:
+                failure = failures.from_store_error(error)
+        if failure is not None:
+            await self.backend.invoker.close()
+            raise failures.to_exception(failure, "", {})
+
+    def _start(self, run: Run) -> None:
+        self._runs[run.name] = run
+        if not run.keep_results:
+            for key in run.plan.fetch & run.graph.stored.keys():
+                self._fetch(run, self._fetch_stored(run, key))
+        self._handle(GroupsAdded(run.name, run.plan.groups, run.plan.keep))
+
+    def _handle(self, event: Event) -> None:
+        for instruction in self.state.handle(event, time.monotonic()):
+            match instruction:
+                case Invoke():
+                    run = self._runs[instruction.run]
+                    if run.watch and not instruction.tries:
+                        for group in instruction.groups:
+                            for key in group.tasks:
+                                run.events.put(TaskStarted(key))
+                    self._spawn(self._invoke(run, instruction))
+                case Release(name, keys):
+                    self._release(self._runs[name], keys)
+                case RunEnded(name, failure, group):
+                    run = self._runs[name]
+                    run.over = True
+                    self._spawn(self._finish(run, failure, group))
+                case RunDrained(name):
+                    self._runs[name].drained.set()
+                case Wake(at):
+                    self._loop.call_later(at - time.monotonic(), self._handle, TimePassed())
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- one invocation --------------------------------------------------------------------------
+
+    async def _invoke(self, run: Run, instruction: Invoke) -> None:
+        groups = instruction.groups
+        try:
+            outcomes = await self._outcomes(run, instruction)
+        except StoreError as error:
+            outcomes = [failures.from_store_error(error)] * len(groups)
+        except errors.DaskLambdaError as error:
+            outcomes = [Failure(FailureKind.FATAL, error)] * len(groups)
+        except Exception as error:  # a bug of ours must end the run, not hang it
+            logger.exception("dispatching task %s failed", short(groups[0].outputs[0]))
+            outcomes = [Failure(FailureKind.FATAL, error)] * len(groups)
+        self._handle(InvocationEnded(instruction.invocation, tuple(outcomes)))
+
+    async def _outcomes(self, run: Run, instruction: Invoke) -> list[Failure | None]:
+        groups = instruction.groups
+        inline = run.inline_bytes if self._held() < MAX_HELD_BYTES else 0
+        payload = await run.encoder.payload(groups, run.values, inline)
+        if run.over:  # cancelled or failed meanwhile: do not spend money
+            return [Failure(FailureKind.FATAL)] * len(groups)
+        reply: Reply = await self.backend.invoker.invoke(payload)
+        self._count(run, instruction, reply)
+        content = reply.content
+        if content is None or "refused" in content:
+            if reply.ran:
+                run.uncertain.update(run.object_name(k) for g in groups for k in g.outputs)
+            failure = reply.failure or failures.from_refusal(content["refused"] if content else {})
+            return [failure] * len(groups)
+        outcomes: list[Failure | None] = []
+        for group, record in zip(groups, content["groups"], strict=True):
+            if "error" in record:
+                outcomes.append(failures.from_record(record["error"]))
+            else:
+                run.counts.tasks += len(group.tasks)
+                run.counts.compute_seconds += record["seconds"]
+                await self._take(run, group, record["outputs"])
+                outcomes.append(None)
+        return outcomes
+
+    def _count(self, run: Run, instruction: Invoke, reply: Reply) -> None:
+        counts = run.counts
+        if reply.failure is not None and reply.failure.kind is FailureKind.THROTTLED:
+            counts.throttles += 1
+        elif reply.ran:
+            counts.invocations += 1
+        if instruction.tries:
+            counts.retries += 1
+        if reply.content is not None:
+            counts.add_reply(reply.content, reply.billed_ms)
+        elif reply.billed_ms is not None:
+            counts.add_billed(reply.billed_ms, self.backend.invoker.memory_mb or 0)
+
+    async def _take(self, run: Run, group: Group, outputs: Iterable[dict[str, Any]]) -> None:
+        """Note where a group's outputs are, and fetch those that the caller wants."""
+        for key, record in zip(group.outputs, outputs, strict=True):
+            value = Value.from_json(record)
+            if run.over:
+                if value.data is None:
+                    self._discard(run, [value.name])
+                continue
+            run.values[key] = value
+            data = value.data
+            if data is not None:
+                run.inline[key] = value.size
+                run.held += value.size
+            if key in run.plan.fetch and not run.keep_results:
+                if data is None:
+                    self._fetch(run, self._fetch_result(run, key, value.name))
+                else:
+                    run.results[key] = data
+            if run.watch:
+                if data is None and run.watch_values:
+                    data = await run.store.get_async(value.name)
+                run.events.put(TaskFinished(key, data))
+
+    def _held(self) -> int:
+        return sum(run.held for run in self._runs.values())
+
+    # -- results ---------------------------------------------------------------------------------
+
+    def _fetch(self, run: Run, work: Coroutine[Any, Any, None]) -> None:
+        run.fetches.add(self._spawn(work))
+
+    async def _fetch_result(self, run: Run, key: Key, name: str) -> None:
+        async with self._fetching:
+            run.results[key] = await run.store.get_async(name)
+
+    async def _fetch_stored(self, run: Run, key: Key) -> None:
+        """Fetch a stored result and seal it anew, as if this run had made it."""
+        reference = run.graph.stored[key]
+        secret = self._secret_of(reference)
+        async with self._fetching:
+            data = await run.store.get_async(reference.name)
+        frames = codec.unseal(data, secret, reference.name)
+        run.results[key] = codec.seal(frames, run.secret, run.object_name(key))
+
+    async def _finish(self, run: Run, failure: Failure | None, group: Group | None) -> None:
+        """Tell the caller the outcome, when nothing of the run is left in the bucket."""
+        outcome: RunSucceeded | RunFailed = RunSucceeded()
+        if failure is None:
+            try:
+                await asyncio.gather(*run.fetches)
+                if run.keep_results:
+                    await self._keep(run)
+            except StoreError as error:
+                failure = failures.from_store_error(error)
+            except Exception as error:
+                failure = Failure(FailureKind.FATAL, error)
+        if failure is not None:
+            for fetch in run.fetches:
+                fetch.cancel()
+            key = short(group.outputs[-1]) if group else ""
+            exception = failures.to_exception(failure, key, {run.name: run.secret})
+            outcome = RunFailed(exception)
+        await self._sweep(run)
+        run.events.put(outcome)
+        await self._bury(run)
+
+    async def _cancel(self, run: Run) -> None:
+        if run.over:
+            return
+        run.over = True
+        for fetch in run.fetches:
+            fetch.cancel()
+        self._handle(RunCancelled(run.name))
+        await self._sweep(run)
+        self._spawn(self._bury(run))
+
+    async def _bury(self, run: Run) -> None:
+        """Delete what the last invocations in flight have written, and forget the run."""
+        await run.drained.wait()
+        await self._sweep(run)
+        self._runs.pop(run.name, None)
+
+    # -- objects ---------------------------------------------------------------------------------
+
+    def _release(self, run: Run, keys: Iterable[Key]) -> None:
+        names = []
+        for key in keys:
+            value = run.values.pop(key)
+            run.held -= run.inline.pop(key, 0)
+            if value.data is None:
+                run.encoder.written.discard(value.name)
+                names.append(value.name)
+        self._discard(run, names)
+
+    def _discard(self, run: Run, names: Iterable[str]) -> None:
+        """Delete objects soon, many at a time."""
+        run.trash.extend(names)
+        if len(run.trash) >= DELETE_BATCH:
+            self._spawn(self._empty(run))
+        elif run.trash and not run.delete_soon:
+            run.delete_soon = True
+            self._loop.call_later(DELETE_DELAY, self._delete_now, run)
+
+    def _delete_now(self, run: Run) -> None:
+        run.delete_soon = False
+        if run.trash:
+            self._spawn(self._empty(run))
+
+    async def _empty(self, run: Run) -> None:
+        async with run.deleting:
+            names, run.trash = run.trash, []
+            await self._delete(run.store, names)
+
+    async def _sweep(self, run: Run) -> None:
+        """Delete every object of an ended run that is known or, in the end, possible."""
+        self._release(run, list(run.values))
+        names = run.encoder.take_written()
+        if run.drained.is_set():
+            names |= run.uncertain
+            run.uncertain = set()
+        run.trash.extend(names.difference(run.trash))
+        await self._empty(run)
+
+    async def _keep(self, run: Run) -> None:
+        """Leave the results of a run in S3 and remember how to load and delete them."""
+        names = set()
+        for key in run.plan.fetch & run.values.keys():
+            value = run.values.pop(key)
+            run.held -= run.inline.pop(key, 0)
+            await run.encoder.spill(value)
+            run.encoder.written.discard(value.name)
+            names.add(value.name)
+            run.results[key] = value
+        self._kept[run.name] = run.secret, names
+        protocol.resolvers[run.name] = self.load
+
+    def _secret_of(self, reference: Reference) -> bytes:
+        try:
+            return self._kept[protocol.run_of(reference.name)][0]
+        except KeyError:
+            raise errors.LostDataError(
+                f"the persisted result {reference.name!r} does not exist any more, or belongs "
+                "to another scheduler; compute with the scheduler that persisted it, or persist "
+                "again"
+            ) from None
+
+    def _forget(self, name: str) -> None:
+        run = protocol.run_of(name)
+        kept = self._kept.get(run)
+        if kept is None or name not in kept[1]:
+            return
+        kept[1].discard(name)
+        if not kept[1]:
+            del self._kept[run]
+            protocol.resolvers.pop(run, None)
+        self._spawn(self._delete(self._store, [name]))
+
+    async def _delete(self, store: Store, names: list[str]) -> None:
+        try:
+            await store.delete_async(names)
+        except StoreError as error:
+            logger.warning("%d objects are left behind: %s", len(names), error)
+
+    async def _close(self) -> None:
+        for run in list(self._runs.values()):
+            if not run.over:
+                await self._cancel(run)
+                run.events.put(
+                    RunFailed(errors.InvocationError("the scheduler was closed during the run"))
+                )
+        deadline = self._loop.time() + CLOSE_SECONDS
+        while self._runs and self._loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        for run in list(self._runs.values()):  # what is still in flight may yet write these
+            run.uncertain.update(run.object_name(k) for g in run.plan.groups for k in g.outputs)
+            run.drained.set()
+            await self._sweep(run)
+        names = [name for _, kept in self._kept.values() for name in kept]
+        for name in self._kept:
+            protocol.resolvers.pop(name, None)
+        self._kept.clear()
+        await self._delete(self._store, names)
+        await self.backend.invoker.close()
+        for task in self._tasks:
+            task.cancel()

@@ -1,0 +1,272 @@
+"""From groups to the payload of an invocation.  May import: graph, plan, errors, the ground.
+
+Lambda takes 6 MB in one synchronous request, so everything is measured before it is sent.  What
+does not fit goes through S3, once: large buffers inside a task (chunks of ``from_array``) and
+large literals, content-addressed; inline inputs, when a task has too many; the body of a task,
+or the whole list of groups, when nothing else helps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dask_lambda.errors import PayloadTooLargeError, UnserializableError
+from dask_lambda.graph import Graph, short
+from dask_lambda.plan import Group
+from lambda_worker import codec, protocol
+from lambda_worker.protocol import Body, GroupRequest, Key, Reference, Request, Value
+from lambda_worker.store import Store
+
+#: A buffer inside a task from this size on becomes an object of its own: below, sending it along
+#: is cheaper than a PUT and a GET (25 and 2 invocations' price, some 70 ms).
+MIN_UPLOAD_BYTES = 256 * 1024
+#: Uploads at the same time; each holds a sealed copy of what it uploads.
+UPLOADS = 16
+#: Hashing and sealing more than this is left to another thread.
+MIN_THREAD_BYTES = 1024 * 1024
+
+
+class Encoder:
+    """Builds the payloads of one run.  To be used in the engine's thread.
+
+    Parameters
+    ----------
+    graph : Graph
+    store : Store
+    prefix, bucket, run, secret
+        Of the run.
+    secret_of : callable
+        The secret of a reference's run.
+
+    Attributes
+    ----------
+    written : set of str
+        Objects that the encoder has put into S3 and nobody has deleted.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        store: Store,
+        *,
+        prefix: str,
+        bucket: str,
+        run: str,
+        secret: bytes,
+        secret_of: Callable[[Reference], bytes],
+    ):
+        self.written: set[str] = set()
+        self.secret_of = secret_of
+        self._graph = graph
+        self._store = store
+        self._prefix = prefix
+        self._bucket = bucket
+        self._run = run
+        self._secret = secret
+        self._uploading = asyncio.Semaphore(UPLOADS)
+        self._uploads: dict[str, asyncio.Task[int]] = {}
+        self._literals: dict[Key, asyncio.Task[Value]] = {}
+        self._frames: dict[tuple[int, int], tuple[Any, str]] = {}  # buffer -> itself, name
+
+    def object_name(self, label: str) -> str:
+        """Return the name of one of the run's objects."""
+        return protocol.object_name(self._prefix, self._run, label)
+
+    def take_written(self) -> set[str]:
+        """Return what was written, to be deleted by the caller."""
+        written, self.written = self.written, set()
+        return written
+
+    async def payload(
+        self, groups: Sequence[Group], values: dict[Key, Value], inline_bytes: int
+    ) -> bytes:
+        """Build the payload of one invocation.
+
+        Parameters
+        ----------
+        groups : sequence of Group
+        values : dict
+            Where the outputs of earlier groups are.
+        inline_bytes : int
+            Outputs up to this size may come back in the reply.
+
+        Raises
+        ------
+        UnserializableError
+            If a task or a literal cannot be pickled.
+        PayloadTooLargeError
+            If the payload exceeds Lambda's limit in spite of all.
+        StoreError
+            If an upload fails.
+        """
+        secrets = {self._run: self._secret}
+        requests = []
+        for group in groups:
+            requests.append(await self._group(group, values, inline_bytes, secrets))
+        inline = [v for r in requests for v in (r.body, *r.inputs) if v.data is not None]
+        total = sum(v.size for v in inline)
+        if total > protocol.MAX_INLINE_TOTAL_BYTES:
+            total = await self._make_room(requests, inline, total)
+        request = Request(self._run, secrets, self._bucket, inline_bytes, requests)
+        payload = _json(request.to_json())
+        if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs: their list is too long
+            name = self.object_name("groups-" + protocol.key_label(groups[0].outputs[0]))
+            listing = _json([r.to_json() for r in requests])
+            sealed = codec.dumps(listing, self._secret, name)
+            await self._upload(name, lambda: sealed)
+            request.groups = Value(name, len(sealed))
+            payload = _json(request.to_json())
+            if len(payload) > protocol.MAX_PAYLOAD_BYTES:
+                raise PayloadTooLargeError(
+                    f"Task {short(groups[0].outputs[-1])}: its payload of {len(payload):,} bytes "
+                    f"exceeds Lambda's limit of {protocol.MAX_PAYLOAD_BYTES:,}"
+                )
+        return payload
+
+    async def spill(self, value: Value) -> None:
+        """Move an inline value to S3."""
+        data = value.data
+        if data is not None:
+            await self._upload(value.name, lambda: data)
+            value.data = None
+
+    # -- one group -------------------------------------------------------------------------------
+
+    async def _group(
+        self,
+        group: Group,
+        values: dict[Key, Value],
+        inline_bytes: int,
+        secrets: dict[str, bytes],
+    ) -> GroupRequest:
+        graph = self._graph
+        tasks = [graph.tasks[key] for key in group.tasks]
+        inner = set(group.tasks)
+        places: dict[Key, int] = {}
+        inputs: list[Value] = []
+        names: list[Key] = []
+        sources: list[int] = []
+        for task in tasks:
+            for name in task.dependencies:
+                key = graph.resolve(name)
+                if key in inner:
+                    continue
+                if key not in places:
+                    places[key] = len(inputs)
+                    if (value := values.get(key)) is None:
+                        value = await self._outside(key, inline_bytes, secrets)
+                    inputs.append(value)
+                names.append(name)
+                sources.append(places[key])
+        body = Body(tasks, names, sources, list(group.outputs))
+        try:
+            with protocol.collect_references() as references:
+                frames = codec.serialize(body)
+        except Exception as error:
+            key = short(group.outputs[-1])
+            raise UnserializableError(
+                f"Task {key} cannot be pickled, so that it cannot be sent to Lambda "
+                f"({type(error).__name__}: {error}). Does its function or one of its arguments "
+                "hold a lock, an open file, a connection or a generator? Make it inside the task."
+            ) from error
+        for reference in references:
+            secrets[protocol.run_of(reference.name)] = self.secret_of(reference)
+        uploads = []
+        for place in range(len(frames) - 1, 0, -1):
+            if frames[place].nbytes >= MIN_UPLOAD_BYTES:
+                uploads.append((place, await self._frame(frames.pop(place))))
+        outputs = [self.object_name(protocol.key_label(key)) for key in group.outputs]
+        name = self.object_name("body-" + protocol.key_label(group.outputs[0]))
+        sealed = codec.seal(frames, self._secret, name)
+        return GroupRequest(
+            Value(name, len(sealed), sealed), inputs, outputs, uploads[::-1]
+        )
+
+    async def _outside(
+        self, key: Key, inline_bytes: int, secrets: dict[str, bytes]
+    ) -> Value:
+        """Describe an input that no group makes."""
+        graph = self._graph
+        if key in graph.stored:
+            reference = graph.stored[key]
+            secrets[protocol.run_of(reference.name)] = self.secret_of(reference)
+            return Value(reference.name, reference.size, shared=True)
+        if key not in self._literals:
+            work = self._literal(key, graph.literals[key], inline_bytes)
+            self._literals[key] = asyncio.get_running_loop().create_task(work)
+        return await self._literals[key]
+
+    async def _literal(self, key: Key, literal: Any, inline_bytes: int) -> Value:
+        name = self.object_name("literal-" + protocol.key_label(key))
+        try:
+            frames = codec.serialize(literal)
+        except Exception as error:
+            raise UnserializableError(
+                f"The data {short(key)} in the graph, a {type(literal).__name__}, cannot be "
+                f"pickled, so that it cannot be sent to Lambda ({type(error).__name__}: {error})."
+            ) from error
+        size = sum(frame.nbytes for frame in frames)
+        if size <= inline_bytes:
+            sealed = codec.seal(frames, self._secret, name)
+            return Value(name, len(sealed), sealed)
+        size = await self._upload(name, lambda: codec.seal(frames, self._secret, name), size)
+        return Value(name, size, shared=True)
+
+    async def _frame(self, frame: memoryview) -> Value:
+        """Upload a large buffer of a task, once for all tasks that hold it."""
+        place = id(frame.obj), frame.nbytes
+        if place not in self._frames:
+            digest = await _in_thread(frame.nbytes, lambda: hashlib.sha256(frame).hexdigest())
+            self._frames[place] = frame.obj, self.object_name("frame-" + digest[:32])
+        name = self._frames[place][1]
+        size = await self._upload(
+            name, lambda: codec.seal([frame], self._secret, name), frame.nbytes
+        )
+        return Value(name, size, shared=True)
+
+    async def _make_room(
+        self, requests: list[GroupRequest], inline: list[Value], total: int
+    ) -> int:
+        """Move the largest inline values to S3 until the rest fits."""
+        jobs = []
+        for value in sorted(inline, key=lambda v: v.size, reverse=True):
+            if total <= protocol.MAX_INLINE_TOTAL_BYTES:
+                break
+            total -= value.size
+            jobs.append(self.spill(value))
+        await asyncio.gather(*jobs)
+        return total
+
+    # -- uploads ---------------------------------------------------------------------------------
+
+    async def _upload(self, name: str, sealed: Callable[[], Any], size: int = 0) -> int:
+        """Put an object once, however often this is called; return its size."""
+        if name not in self._uploads:
+            work = self._put(name, sealed, size)
+            self._uploads[name] = asyncio.get_running_loop().create_task(work)
+        try:
+            return await self._uploads[name]
+        except BaseException:
+            self._uploads.pop(name, None)  # so that a retry uploads again
+            raise
+
+    async def _put(self, name: str, sealed: Callable[[], Any], size: int) -> int:
+        async with self._uploading:
+            data = await _in_thread(size, sealed)
+            self.written.add(name)
+            await self._store.put_new_async(name, data)
+            return len(data)
+
+
+async def _in_thread(size: int, work: Callable[[], Any]) -> Any:
+    if size < MIN_THREAD_BYTES:
+        return work()
+    return await asyncio.to_thread(work)
+
+
+def _json(record: Any) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode()

@@ -1,0 +1,383 @@
+"""What went wrong: from AWS's and the worker's words to a decision and an exception.
+
+May import: state, graph, errors, the ground.  Pure: recorded answers in, :class:`Failure` out.
+
+There are three sources.  Lambda's API refuses a request (:func:`from_response`); Lambda accepts
+it but loses the environment (:func:`from_function_error`); the worker runs and replies that a
+group failed (:func:`from_record`).  :func:`to_exception` turns each into what the user sees.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask_lambda import errors
+from dask_lambda.state import Failure, FailureKind
+from lambda_worker import codec, protocol
+from lambda_worker.errors import StoreError
+
+
+@dataclass(slots=True)
+class Detail:
+    """What to tell the user about a failure.
+
+    Attributes
+    ----------
+    error : type
+        The exception's class; the task's own exception has precedence if it can be rebuilt.
+    message : str
+        What happened, without the task's name, which is added later.
+    advice : str
+        What to do next.
+    key : str
+        The task of the group that failed, if the worker could tell.
+    exception : Value, optional
+        The task's own exception, pickled and sealed.
+    note : str
+        The remote traceback.
+    """
+
+    error: type[errors.DaskLambdaError]
+    message: str
+    advice: str = ""
+    key: str = ""
+    exception: protocol.Value | None = None
+    note: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------
+# the API refused the request
+# ---------------------------------------------------------------------------------------------
+
+
+def from_response(status: int, body: bytes, function: str, region: str) -> Failure:
+    """Classify an answer of the Invoke API other than 2xx.
+
+    Parameters
+    ----------
+    status : int
+        HTTP status.
+    body : bytes
+        JSON with "Type", "Message" (or "message"), and for throttles "Reason".
+
+    Notes
+    -----
+    Statuses and names: "Invoke", AWS Lambda API reference, section Errors.
+    """
+    text, reason, name = _service_error(body)
+    said = f"AWS said: {name or status}: {text}" if text else f"AWS said: {name or status}"
+    match status:
+        case 429:
+            return Failure(
+                FailureKind.THROTTLED,
+                Detail(
+                    errors.ThrottledError,
+                    f"Lambda refused to start it for too long ({reason or 'throttled'}). {said}",
+                    "Raise the function's reserved concurrency or the account's limit, or lower "
+                    "dask-lambda.concurrency.",
+                ),
+            )
+        case 413:
+            return Failure(
+                FailureKind.FATAL,
+                Detail(errors.PayloadTooLargeError, f"the payload is too large. {said}"),
+            )
+        case 401 | 403:
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.AccessDeniedError,
+                    f"access denied: lambda:InvokeFunction on function {function!r} in "
+                    f"{region}. {said}",
+                    "Check that the credentials are right and have not expired, and that the "
+                    "caller's policy allows the action on this function.",
+                ),
+            )
+        case 404:
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.FunctionNotFoundError,
+                    f"function {function!r} does not exist in region {region}. {said}",
+                    "Set dask-lambda.function and dask-lambda.region, or deploy the function.",
+                ),
+            )
+        case 409:  # the function is being created or updated
+            kind = FailureKind.TRANSIENT
+        case _:
+            kind = FailureKind.TRANSIENT if status >= 500 else FailureKind.FATAL
+    return Failure(kind, Detail(errors.InvocationError, f"Lambda answered {status}. {said}"))
+
+
+def from_network(error: Exception) -> Failure:
+    """Classify a request that got no answer: it may or may not have taken effect."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return Failure(
+        FailureKind.TRANSIENT,
+        Detail(
+            errors.InvocationError,
+            f"no answer from the Lambda API ({text})",
+            "Check the network connection, and dask-lambda.endpoint-url if it is set.",
+        ),
+    )
+
+
+def _service_error(body: bytes) -> tuple[str, str, str]:
+    try:
+        record = json.loads(body)
+        message = str(record.get("Message") or record.get("message") or "")
+        name = str(record.get("__type") or record.get("Code") or record.get("Type") or "")
+        return message[:1000], str(record.get("Reason") or ""), name
+    except (ValueError, AttributeError):
+        return body[:200].decode("utf-8", "replace"), "", ""
+
+
+# ---------------------------------------------------------------------------------------------
+# the environment was lost
+# ---------------------------------------------------------------------------------------------
+
+
+def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Failure:
+    """Classify an answer 200 with ``X-Amz-Function-Error``.
+
+    The worker catches whatever a task raises, so this is always the environment: a time-out, no
+    memory left, a dead process, or a function that is not ours.
+
+    Parameters
+    ----------
+    body : bytes
+        JSON with "errorType" and "errorMessage" (time-outs may have the message only).
+    log_tail : str
+        The last lines of the invocation's log, as far as Lambda sent them.
+    memory_mb : int, optional
+        Memory of the function, if known.
+    """
+    try:
+        record = json.loads(body)
+        kind, text = str(record.get("errorType", "")), str(record.get("errorMessage", ""))
+    except (ValueError, AttributeError):
+        kind, text = "", body[:500].decode("utf-8", "replace")
+    said = f"{kind}: {text}" if kind else text
+    note = f"Last lines of the invocation's log:\n{log_tail}" if log_tail.strip() else ""
+    if kind == "Sandbox.Timedout" or "Task timed out after" in text:
+        seconds = text.rpartition("after ")[2].removesuffix(" seconds") if "after " in text else "?"
+        return Failure(
+            FailureKind.TASK,
+            Detail(
+                errors.FunctionTimeoutError,
+                f"ran longer than the function's time-out of {seconds} seconds",
+                "Make the chunks smaller, or raise the function's time-out (dask-lambda.timeout; "
+                "Lambda allows 900 seconds).",
+                note=note,
+            ),
+        )
+    if kind == "Runtime.OutOfMemory" or "signal: killed" in text:
+        size = f"{memory_mb} MB" if memory_mb else "memory"
+        return Failure(
+            FailureKind.TASK,
+            Detail(
+                errors.OutOfMemoryError,
+                f"needed more than the function's {size} ({said})",
+                "Make the chunks smaller, or give the function more memory (dask-lambda.memory; "
+                "Lambda allows 10,240 MB).",
+                note=note,
+            ),
+        )
+    if kind == "Function.ResponseSizeTooLarge":
+        return Failure(
+            FailureKind.FATAL,
+            Detail(
+                errors.PayloadTooLargeError,
+                f"the response exceeded Lambda's limit of 6 MB ({said})",
+                "Lower dask-lambda.inline-bytes.",
+                note=note,
+            ),
+        )
+    if kind.startswith(("Runtime.ImportModuleError", "Runtime.HandlerNotFound", "Runtime.Userc")):
+        return Failure(
+            FailureKind.FATAL,
+            Detail(
+                errors.InvocationError,
+                f"the function cannot start: {said}",
+                "The function that dask-lambda.function names must hold the lambda_worker "
+                "package and what it imports.",
+                note=note,
+            ),
+        )
+    return Failure(
+        FailureKind.DEATH,
+        Detail(
+            errors.WorkerDiedError,
+            f"the worker died while it ran ({said})",
+            "A crash of native code, os._exit, or too little memory ends a worker like this.",
+            note=note,
+        ),
+    )
+
+
+def from_foreign_reply(body: bytes, function: str) -> Failure:
+    """Build the failure of an answer that is not one of lambda_worker's."""
+    start = body[:200].decode("utf-8", "replace")
+    return Failure(
+        FailureKind.FATAL,
+        Detail(
+            errors.InvocationError,
+            f"function {function!r} answered something that is not a reply of lambda_worker: "
+            f"{start!r}",
+            "Check dask-lambda.function: it must name a function that runs lambda_worker.",
+        ),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# the worker replied
+# ---------------------------------------------------------------------------------------------
+
+
+def from_refusal(worker: dict[str, Any]) -> Failure:
+    """Build the failure of a request that the worker refused for its versions."""
+    ours = {"protocol": protocol.PROTOCOL, **protocol.versions()}
+    names = [name for name in ours if ours.get(name) != worker.get(name)]
+    differing = "; ".join(f"{n}: worker {worker.get(n)}, client {ours.get(n)}" for n in names)
+    return Failure(
+        FailureKind.FATAL,
+        Detail(
+            errors.VersionMismatchError,
+            f"the worker refused to run it, since its versions differ from the client's "
+            f"({differing})",
+            "Deploy the function again from this environment, or install the worker's versions "
+            "here.",
+        ),
+    )
+
+
+def from_record(record: dict[str, Any]) -> Failure:
+    """Classify the "error" of one group in a reply."""
+    kind, message = record["kind"], record["message"]
+    key = record.get("key", "")
+    match kind:
+        case "exception":
+            value = record.get("exception")
+            advice = ""
+            if "module" in record:
+                advice = (
+                    f"The package or module {record['module']!r} is not installed on the "
+                    "worker: add it to the function's environment, or define what the task "
+                    "needs in the notebook or script itself."
+                )
+            return Failure(
+                FailureKind.TASK,
+                Detail(
+                    errors.RemoteError,
+                    message,
+                    advice,
+                    key,
+                    None if value is None else protocol.Value.from_json(value),
+                    record.get("traceback", ""),
+                    {"type": record.get("type"), "unpicklable": record.get("unpicklable")},
+                ),
+            )
+        case "unserializable":
+            return Failure(FailureKind.TASK, Detail(errors.UnserializableError, message, key=key))
+        case "integrity":
+            return Failure(FailureKind.FATAL, Detail(errors.IntegrityError, message))
+    return _store_failure(kind.removeprefix("store-"), f"on the worker: {message}")
+
+
+def from_store_error(error: StoreError) -> Failure:
+    """Classify a failure of S3 on the client."""
+    return _store_failure(error.kind, str(error))
+
+
+def _store_failure(kind: str, message: str) -> Failure:
+    match kind:
+        case "missing":
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.LostDataError,
+                    f"an object that the run wrote is gone: {message}",
+                    "Was it deleted by hand, or by a lifecycle rule? Compute again.",
+                ),
+            )
+        case "denied":
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.AccessDeniedError,
+                    f"access denied: {message}",
+                    "Check the credentials, and that the policy (on the worker: of the "
+                    "function's role) allows the action on this bucket and prefix.",
+                ),
+            )
+        case "no-bucket":
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.BucketNotFoundError,
+                    f"the bucket does not exist: {message}",
+                    "Set dask-lambda.bucket to a bucket in the function's region.",
+                ),
+            )
+    return Failure(FailureKind.TRANSIENT, Detail(errors.InvocationError, f"S3 failed: {message}"))
+
+
+# ---------------------------------------------------------------------------------------------
+# what the user sees
+# ---------------------------------------------------------------------------------------------
+
+
+def to_exception(failure: Failure, key: str, secrets: dict[str, bytes]) -> BaseException:
+    """Build the exception to raise for a failure.
+
+    Parameters
+    ----------
+    failure : Failure
+        Its detail is a :class:`Detail`, or an exception that is raised as it is.
+    key : str
+        The task for which the invocation was made, as text.
+    secrets : dict
+        Run to secret, to verify the task's own exception before it is unpickled.
+    """
+    detail = failure.detail
+    if isinstance(detail, BaseException):
+        return detail
+    assert isinstance(detail, Detail)
+    key = detail.key or key
+    if detail.exception is not None:
+        own = _own_exception(detail.exception, secrets)
+        if own is not None:
+            _add_note(own, f"Raised by task {key} on Lambda:\n{detail.note.rstrip()}")
+            if detail.advice:
+                _add_note(own, detail.advice)
+            return own
+    words = f"Task {key}: {detail.message}" if key else detail.message
+    if detail.error is errors.RemoteError:
+        words = f"Task {key} raised {detail.message}"
+        if detail.fields.get("unpicklable"):
+            words += f" (shown as text, since it cannot be rebuilt here: {detail.fields['unpicklable']})"
+    exception = detail.error(f"{words}. {detail.advice}" if detail.advice else words)
+    if detail.note:
+        heading = "Remote traceback:\n" if detail.error is errors.RemoteError else ""
+        _add_note(exception, heading + detail.note.rstrip())
+    return exception
+
+
+def _own_exception(value: protocol.Value, secrets: dict[str, bytes]) -> Exception | None:
+    run = protocol.run_of(value.name)
+    try:
+        exception = codec.loads(value.data, secrets[run], value.name)
+    except Exception:  # a user's __setstate__ may raise anything here; the text is at hand
+        return None
+    # SystemExit and the like must not end the caller's program: the text will do for them.
+    return exception if isinstance(exception, Exception) else None
+
+
+def _add_note(exception: BaseException, note: str) -> None:
+    try:
+        exception.add_note(note)
+    except Exception:  # an exception may forbid attributes; its type matters more than the note
+        return

@@ -1,0 +1,169 @@
+"""The Lambda API: one signed HTTP request for each invocation.
+
+May import: failures, the ground, aiohttp, botocore.  aiohttp and botocore's signer take a
+quarter of the CPU that boto3 takes for an Invoke, and never send one twice by themselves: whether
+to try again is decided in :mod:`dask_lambda.state`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import socket
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+
+from dask_lambda import failures
+from dask_lambda.state import Failure
+
+#: Lambda's longest time-out, in seconds (Lambda quotas).
+MAX_FUNCTION_TIMEOUT = 900.0
+#: How much longer than the function's time-out the client waits for an answer: the start of an
+#: environment (up to 10 s of init, once more on failure) and the way there and back.
+TIMEOUT_MARGIN = 60.0
+CONNECT_TIMEOUT = 30.0
+#: A NAT gateway drops connections that are idle for 350 s; probes keep long invocations alive.
+KEEPALIVE_SECONDS = 60
+
+_BILLED = re.compile(r"REPORT RequestId:.*\tBilled Duration: (\d+) ms")
+
+
+@dataclass(slots=True)
+class Reply:
+    """What came back from one Invoke.
+
+    Attributes
+    ----------
+    content : dict, optional
+        The worker's reply; None if there is none.
+    failure : Failure, optional
+        Why there is none.
+    billed_ms : float, optional
+        From the REPORT line of the log, where Lambda sent it.
+    ran : bool
+        Whether the function may have run: its effects have to be reckoned with.
+    """
+
+    content: dict[str, Any] | None
+    failure: Failure | None = None
+    billed_ms: float | None = None
+    ran: bool = True
+
+
+class LambdaInvoker:
+    """Invokes one function.  To be used in one event loop.
+
+    Parameters
+    ----------
+    function : str
+        Name or ARN.
+    region : str
+    credentials : botocore.credentials.Credentials
+        Refreshed by botocore as needed; read for each request.
+    endpoint_url : str, optional
+        Default: the region's own.
+    timeout : float
+        The function's time-out in seconds: an answer that does not come within it and a margin
+        is given up.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        region: str,
+        credentials: Any,
+        endpoint_url: str | None = None,
+        timeout: float = MAX_FUNCTION_TIMEOUT,
+    ):
+        self.function = function
+        self.region = region
+        self.credentials = credentials
+        base = endpoint_url or f"https://lambda.{region}.amazonaws.com"
+        name = quote(function, safe="")
+        self.url = f"{base.rstrip('/')}/2015-03-31/functions/{name}/invocations"
+        self.timeout = timeout
+        self.memory_mb: int | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def open(self) -> None:
+        """Open the connection pool."""
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, ttl_dns_cache=300, keepalive_timeout=30, socket_factory=_socket
+            ),
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                sock_connect=CONNECT_TIMEOUT,
+                sock_read=self.timeout + TIMEOUT_MARGIN,
+            ),
+            auto_decompress=False,
+            trust_env=not self.url.startswith("http://127."),
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def check(self) -> Failure | None:
+        """Ask whether the function exists and may be invoked, without running it (free)."""
+        try:
+            status, _, body = await self._post(b"{}", {"X-Amz-Invocation-Type": "DryRun"})
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            return failures.from_network(error)
+        if status // 100 == 2:
+            return None
+        return failures.from_response(status, body, self.function, self.region)
+
+    async def invoke(self, payload: bytes) -> Reply:
+        """Invoke the function and wait for its answer.  Never raises for what AWS does."""
+        try:
+            status, headers, body = await self._post(payload, {"X-Amz-Log-Type": "Tail"})
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            return Reply(None, failures.from_network(error), ran=False)
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            return Reply(None, failures.from_network(error))
+        if status // 100 != 2:
+            failure = failures.from_response(status, body, self.function, self.region)
+            return Reply(None, failure, ran=status >= 500)
+        log = base64.b64decode(headers.get("X-Amz-Log-Result", "")).decode("utf-8", "replace")
+        report = _BILLED.search(log)
+        billed = float(report[1]) if report else None
+        if "X-Amz-Function-Error" in headers:
+            failure = failures.from_function_error(body, log, self.memory_mb)
+            return Reply(None, failure, billed)
+        try:
+            content = json.loads(body)
+            self.memory_mb = content["memory_mb"]
+        except (ValueError, KeyError, TypeError):
+            return Reply(None, failures.from_foreign_reply(body, self.function), billed)
+        return Reply(content, None, billed)
+
+    async def _post(self, payload: bytes, headers: dict[str, str]) -> tuple[int, Any, bytes]:
+        assert self._session is not None
+        request = AWSRequest("POST", self.url, data=payload, headers=headers)
+        frozen = self.credentials.get_frozen_credentials()
+        SigV4Auth(frozen, "lambda", self.region).add_auth(request)
+        async with self._session.post(
+            self.url, data=payload, headers=dict(request.headers.items())
+        ) as response:
+            return response.status, response.headers, await response.read()
+
+
+def _socket(address: Any) -> socket.socket:
+    """Make a socket with TCP keep-alive."""
+    family, kind, proto, _, _ = address
+    made = socket.socket(family, kind, proto)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+        if hasattr(socket, name):  # not on macOS
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), KEEPALIVE_SECONDS)
+    return made

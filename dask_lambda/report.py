@@ -1,0 +1,154 @@
+"""What a run did: counted where the requests are made.  May import: cost, the ground."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from html import escape
+from typing import Any
+
+from dask_lambda.cost import Prices
+from lambda_worker.store import Counts
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What one run did.
+
+    Attributes
+    ----------
+    tasks : int
+        Tasks that were done on Lambda.
+    invocations : int
+        Requests that Lambda accepted, including those whose result was of no use.
+    cold_starts : int
+        Invocations that met a new execution environment.
+    retries : int
+        Invocations beyond the first one of their group.
+    throttles : int
+        Requests that Lambda refused with 429.
+    speculative : int
+        Invocations that duplicated one in flight.
+    wall_seconds : float
+        From the call to the result, on the client.
+    compute_seconds : float
+        Inside the tasks, over all workers.
+    billed_gb_seconds : float
+        Duration, rounded up to 1 ms, times memory: from Lambda's own REPORT where it is sent,
+        else from the worker's clock (which does not see the start of an environment).
+    s3_puts, s3_gets, s3_lists, s3_deletes : int
+        Requests of client and workers; a batch of deletes is one.
+    bytes_written, bytes_read : int
+        To and from S3.
+    cost_usd : float
+        The counts times the price table; on the embedded AWS: what they would have cost.
+    failed : bool
+    """
+
+    tasks: int
+    invocations: int
+    cold_starts: int
+    retries: int
+    throttles: int
+    speculative: int
+    wall_seconds: float
+    compute_seconds: float
+    billed_gb_seconds: float
+    s3_puts: int
+    s3_gets: int
+    s3_lists: int
+    s3_deletes: int
+    bytes_written: int
+    bytes_read: int
+    cost_usd: float
+    failed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict."""
+        return asdict(self)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "cost_usd":
+                text = f"{value:.6f}"
+            elif isinstance(value, bool):
+                text = "yes" if value else "no"
+            elif isinstance(value, float):
+                text = f"{value:,.3f}"
+            else:
+                text = f"{value:,}"
+            rows.append((each.name.replace("_", " "), text))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(["run report", *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td style='text-align:left'>{escape(name)}</td><td>{escape(text)}</td></tr>"
+            for name, text in self._rows()
+        )
+        return f"<table><caption>run report</caption>{cells}</table>"
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """The counters of a run while it goes on."""
+
+    tasks: int = 0
+    invocations: int = 0
+    cold_starts: int = 0
+    retries: int = 0
+    throttles: int = 0
+    compute_seconds: float = 0.0
+    billed_gb_seconds: float = 0.0
+    workers: Counts = field(default_factory=Counts)
+
+    def add_reply(self, content: dict[str, Any], billed_ms: float | None) -> None:
+        """Count what a worker reported."""
+        self.cold_starts += bool(content["cold"])
+        milliseconds = content["milliseconds"] if billed_ms is None else billed_ms
+        self.add_billed(math.ceil(milliseconds), content["memory_mb"])
+        for name, count in content.get("s3", {}).items():
+            setattr(self.workers, name, getattr(self.workers, name) + count)
+
+    def add_billed(self, milliseconds: float, memory_mb: int) -> None:
+        """Count billed time."""
+        self.billed_gb_seconds += milliseconds / 1e3 * memory_mb / 1024
+
+    def report(
+        self, client: Counts, wall_seconds: float, *, failed: bool, prices: Prices
+    ) -> RunReport:
+        """Sum up."""
+        total = Counts(
+            *(getattr(client, n) + getattr(self.workers, n) for n in Counts.__slots__)
+        )
+        return RunReport(
+            tasks=self.tasks,
+            invocations=self.invocations,
+            cold_starts=self.cold_starts,
+            retries=self.retries,
+            throttles=self.throttles,
+            speculative=0,
+            wall_seconds=wall_seconds,
+            compute_seconds=self.compute_seconds,
+            billed_gb_seconds=self.billed_gb_seconds,
+            s3_puts=total.puts,
+            s3_gets=total.gets,
+            s3_lists=total.lists,
+            s3_deletes=total.deletes,
+            bytes_written=total.bytes_written,
+            bytes_read=total.bytes_read,
+            cost_usd=prices.cost(
+                invocations=self.invocations,
+                gb_seconds=self.billed_gb_seconds,
+                puts=total.puts,
+                lists=total.lists,
+                gets=total.gets,
+            ),
+            failed=failed,
+        )

@@ -1,0 +1,328 @@
+"""The scheduler that Dask calls: ``x.compute(scheduler=lambda_get)``.
+
+May import: all of the engine.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dask
+from dask._task_spec import GraphNode, Task
+from dask.callbacks import local_callbacks
+from dask.local import nested_get
+
+from dask_lambda import graph as graphs
+from dask_lambda.backend import open_backend
+from dask_lambda.callbacks import Callbacks
+from dask_lambda.config import Settings, check_names
+from dask_lambda.cost import Prices
+from dask_lambda.dispatch import Engine, Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
+from dask_lambda.errors import ConfigurationError
+from dask_lambda.graph import Graph
+from dask_lambda.plan import make_plan
+from dask_lambda.report import RunReport
+from lambda_worker import codec
+from lambda_worker.protocol import Key, Reference, load_reference
+
+#: Keywords of Dask's other schedulers that mean nothing here.  They are accepted, so that
+#: ``x.compute(num_workers=4)`` need not be changed; any other unknown keyword is an error.
+IGNORED_KEYWORDS = frozenset(
+    "num_workers pool chunksize rerun_exceptions_locally raise_exception cache get_id "
+    "pack_exception dumps loads func_loads func_dumps optimize_graph workers priority "
+    "fifo_timeout allow_other_workers resources actors traverse".split()
+)
+
+#: How long Ctrl-C waits for the objects of the run to be deleted, in seconds.
+CANCEL_SECONDS = 0.8
+
+_last_report: RunReport | None = None
+
+
+def last_report() -> RunReport | None:
+    """Return the report of the run that ended last in this process, or None."""
+    return _last_report
+
+
+class LambdaScheduler:
+    """Runs Dask graphs on AWS Lambda.
+
+    Pass it to ``compute`` as ``scheduler=s`` or ``scheduler=s.get``, or use it as a context
+    manager, which makes it Dask's default scheduler inside.  It connects at the first run, and
+    may be used by several threads at once: they share one pool of connections and one window of
+    concurrent invocations.
+
+    Parameters
+    ----------
+    **settings
+        Any of the settings in ``dask_lambda.yaml``, as keywords: ``backend``, ``function``,
+        ``bucket``, ``prefix``, ``region``, ``endpoint_url``, ``concurrency``, ``inline_bytes``,
+        ``plan``, ``memory``, ``timeout``, ``retries``.  They have precedence over Dask's
+        configuration, which is read anew at each run.
+
+    Raises
+    ------
+    ConfigurationError
+        For a keyword that is not a setting.
+    """
+
+    def __init__(self, **settings: Any):
+        check_names(settings)
+        self._overrides = settings
+        self._engines: dict[tuple[Any, ...], Engine] = {}
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._contexts: list[Any] = []
+        self.last_report: RunReport | None = None
+
+    def __call__(self, dsk: Any, keys: Any, **kwargs: Any) -> Any:
+        """Same as :meth:`get`."""
+        return self.get(dsk, keys, **kwargs)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self._overrides.items())
+        return f"LambdaScheduler({settings})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._overrides,)
+
+    def __enter__(self) -> LambdaScheduler:
+        context = dask.config.set(scheduler=self)
+        context.__enter__()
+        self._contexts.append(context)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._contexts.pop().__exit__(*exc_info)
+        self.close()
+
+    # -- what Dask calls -------------------------------------------------------------------------
+
+    def get(self, dsk: Any, keys: Any, **kwargs: Any) -> Any:
+        """Compute keys of a graph: the function that Dask calls a scheduler.
+
+        Parameters
+        ----------
+        dsk : Expr, HighLevelGraph or mapping
+        keys : key or (nested) list of keys
+        retries : int, optional
+            How often to run a task again that raises, times out or runs out of memory; an
+            annotation ``retries`` of the task has precedence.
+        callbacks : optional
+            Dask callbacks for this call.
+
+        Returns
+        -------
+        The value of the key, or (nested) tuples of values.
+
+        Raises
+        ------
+        The task's own exception, with the remote traceback as a note, or an error of
+        :mod:`dask_lambda.errors`.
+        """
+        return self._compute(dsk, keys, kwargs, persist=False)
+
+    def persist(
+        self, collections: Sequence[Any], optimize_graph: bool = True, **kwargs: Any
+    ) -> list[Any]:
+        """Compute collections and leave their blocks in S3: what ``dask.persist`` calls.
+
+        The returned collections load the blocks inside later computations, on Lambda where they
+        can.  The objects live as long as a collection refers to them, at the longest until
+        :meth:`close` or the end of the interpreter.
+        """
+
+        def references(dsk: Any, keys: Any, **kwargs: Any) -> Any:
+            return self._compute(dsk, keys, kwargs, persist=True)
+
+        return list(
+            dask.persist(
+                *collections,
+                traverse=False,
+                optimize_graph=optimize_graph,
+                scheduler=references,
+                **kwargs,
+            )
+        )
+
+    def close(self) -> None:
+        """Cancel what runs, delete what was persisted, close all connections.  Idempotent.
+
+        The scheduler may be used again afterwards; it connects anew.
+        """
+        with self._lock:
+            engines, self._engines = self._engines, {}
+        for engine in engines.values():
+            engine.close()
+            atexit.unregister(engine.close)
+
+    # -- one run ---------------------------------------------------------------------------------
+
+    def _compute(self, dsk: Any, keys: Any, kwargs: dict[str, Any], *, persist: bool) -> Any:
+        started = time.perf_counter()
+        own_callbacks = kwargs.pop("callbacks", None)
+        settings = self._settings(kwargs)
+        nodes = graphs.materialise(dsk)
+        with local_callbacks(own_callbacks) as active:
+            callbacks = Callbacks(active, nodes)
+            failed = True
+            try:
+                callbacks.start()
+                graph = graphs.normalise(nodes, keys)
+                if callbacks:
+                    callbacks.begin(graph)
+                retries = _retries(dsk, settings.retries)
+                values = self._run(graph, settings, retries, callbacks, started, persist)
+                failed = False
+            finally:
+                callbacks.finish(failed)
+        return nested_get(keys, {key: values[graph.resolve(key)] for key in graph.outputs})
+
+    def _settings(self, kwargs: dict[str, Any]) -> Settings:
+        overrides = dict(self._overrides)
+        for name, value in kwargs.items():
+            if name == "retries":
+                overrides["retries"] = value
+            elif name not in IGNORED_KEYWORDS:
+                raise ConfigurationError(
+                    f"lambda_get does not know the keyword {name!r}; settings are given to "
+                    "LambdaScheduler(...) or under dask-lambda: in Dask's configuration"
+                )
+        return Settings.resolve(**overrides)
+
+    def _run(
+        self,
+        graph: Graph,
+        settings: Settings,
+        retries: Callable[[Key], int],
+        callbacks: Callbacks,
+        started: float,
+        persist: bool,
+    ) -> dict[Key, Any]:
+        """Run a graph; return the values of its outputs by their resolved keys."""
+        plan = make_plan(graph, mode="none", finalise=not persist, retries=retries)
+        values = {key: graph.literals[key] for key in plan.fetch if key in graph.literals}
+        if persist:
+            for key in plan.fetch & graph.stored.keys():
+                values[key] = _load_task(key, graph.stored[key])
+        if len(values) < len(plan.fetch):
+            engine = self._engine(settings)
+            run = engine.start(
+                graph,
+                plan,
+                inline_bytes=settings.inline_bytes,
+                keep_results=persist,
+                watch=bool(callbacks),
+                watch_values=callbacks.wants_values,
+            )
+            failed = True
+            try:
+                self._follow(run, callbacks)
+                failed = False
+            except BaseException:  # Ctrl-C among them
+                engine.cancel(run, CANCEL_SECONDS)
+                raise
+            finally:
+                self._report(run, time.perf_counter() - started, failed)
+            for key in plan.fetch - values.keys():
+                if persist:
+                    values[key] = _load_task(key, _reference(engine, run, key))
+                else:
+                    values[key] = run.load(key)
+        for key in plan.client:
+            if callbacks:
+                callbacks.task_started(key)
+            task = graph.tasks[key]
+            values[key] = task({d: values[graph.resolve(d)] for d in task.dependencies})
+            if callbacks:
+                callbacks.task_finished(key, values[key])
+        return values
+
+    def _follow(self, run: Run, callbacks: Callbacks) -> None:
+        """Listen to a run until it is over."""
+        while True:
+            match run.events.get():
+                case TaskStarted(key):
+                    callbacks.task_started(key)
+                case TaskFinished(key, data):
+                    value = None
+                    if data is not None and callbacks.wants_values:
+                        value = codec.loads(data, run.secret, run.object_name(key))
+                    callbacks.task_finished(key, value)
+                case RunSucceeded():
+                    return
+                case RunFailed(exception):
+                    raise exception
+
+    def _report(self, run: Run, wall_seconds: float, failed: bool) -> None:
+        global _last_report
+        _last_report = self.last_report = run.counts.report(
+            run.store.counts, wall_seconds, failed=failed, prices=Prices()
+        )
+
+    # -- the engine ------------------------------------------------------------------------------
+
+    def _engine(self, settings: Settings) -> Engine:
+        """Return the engine for the connection that the settings describe."""
+        connection = (
+            settings.is_local,
+            settings.function,
+            settings.bucket,
+            settings.prefix,
+            settings.region,
+            settings.endpoint_url,
+            settings.concurrency,
+            settings.memory,
+            settings.timeout,
+        )
+        if self._pid != os.getpid():  # after a fork the engine's thread is not there
+            self._lock = threading.Lock()
+            self._engines = {}
+            self._pid = os.getpid()
+        with self._lock:
+            engine = self._engines.get(connection)
+            if engine is not None and not engine.closed and engine.backend.is_alive():
+                return engine
+            engine = Engine(open_backend(settings))
+            try:
+                engine.open()
+            except BaseException:
+                engine.close()
+                raise
+            self._engines[connection] = engine
+            atexit.register(engine.close)  # before the embedded AWS, which registered earlier
+            return engine
+
+
+def _retries(dsk: Any, default: int) -> Callable[[Key], int]:
+    """Return the retries of each key: its annotation, those active now, or the default."""
+    active = dask.get_annotations().get("retries")
+    if active is not None:
+        default = active
+    annotations = getattr(dsk, "__dask_annotations__", dict)()
+    of_key: dict[Key, int] = annotations.get("retries", {})
+    if not of_key:
+        return lambda key: default
+    return lambda key: of_key.get(key, default)
+
+
+def _reference(engine: Engine, run: Run, key: Key) -> Reference:
+    value = run.results[key]
+    reference = Reference(value.name, value.size)
+    weakref.finalize(reference, engine.forget, value.name).atexit = False
+    return reference
+
+
+def _load_task(key: Key, reference: Reference) -> GraphNode:
+    return Task(key, load_reference, reference)
+
+
+def _rebuild(overrides: dict[str, Any]) -> LambdaScheduler:
+    return LambdaScheduler(**overrides)
+
