@@ -33,8 +33,8 @@ $(INSTALLED): setup.cfg
 	    + sys.version.split()[0] + ": try make PYTHON=python3.12"); sys.exit(not ok)'
 	@echo "==> Installing into $(VENV) (the first time this takes a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet --editable '.[local,test,examples]'
+	@$(BIN)/python -m pip install -qq --upgrade pip
+	@$(BIN)/python -m pip install -qq --editable '.[local,test,examples]'
 	@touch $@
 
 demo: $(INSTALLED) ## Run the first three examples on an embedded AWS
