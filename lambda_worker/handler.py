@@ -79,6 +79,14 @@ class Invocation:
         for run in request.secrets:
             protocol.resolvers[run] = self.resolve
 
+    def groups(self) -> list[GroupRequest]:
+        """Return the groups, from S3 where the request was too long to hold them."""
+        groups = self.request.groups
+        if isinstance(groups, Value):
+            text = codec.deserialize(self.fetch(groups))
+            groups = [GroupRequest.from_json(g) for g in json.loads(text)]
+        return groups
+
     def secret(self, name: str) -> bytes:
         """Return the secret under which an object was sealed."""
         run = protocol.run_of(name)
@@ -214,8 +222,8 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     request = Request.from_json(event)
     invocation = Invocation(request)
     hits = environment.cache.hits
-    groups = []
-    for group in request.groups:
+    groups: list[dict[str, Any]] = []
+    for group in invocation.groups():
         try:
             groups.append(invocation.run(group))
         except Failure as failure:

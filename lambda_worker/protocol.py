@@ -99,6 +99,25 @@ class GroupRequest:
     outputs: list[str]
     frames: list[tuple[int, Value]] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        """Describe the group in a request."""
+        return {
+            "body": self.body.to_json(),
+            "frames": [[place, value.to_json()] for place, value in self.frames],
+            "inputs": [value.to_json() for value in self.inputs],
+            "outputs": self.outputs,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> GroupRequest:
+        """Inverse of :meth:`to_json`."""
+        return cls(
+            body=Value.from_json(record["body"]),
+            frames=[(place, Value.from_json(v)) for place, v in record["frames"]],
+            inputs=[Value.from_json(v) for v in record["inputs"]],
+            outputs=record["outputs"],
+        )
+
 
 @dataclass(slots=True)
 class Body:
@@ -133,10 +152,11 @@ class Request:
     secrets: dict[str, bytes]  #: for the run itself and for each run whose objects it reads
     bucket: str
     inline_bytes: int  #: outputs up to this size come back in the reply
-    groups: list[GroupRequest]
+    groups: list[GroupRequest] | Value  #: a value: their sealed JSON, where it is too long
 
     def to_json(self) -> dict[str, Any]:
         """Build the event of the Invoke."""
+        groups = self.groups
         return {
             "protocol": PROTOCOL,
             "client": versions(),
@@ -144,34 +164,25 @@ class Request:
             "secrets": {run: base64.b64encode(s).decode() for run, s in self.secrets.items()},
             "bucket": self.bucket,
             "inline_bytes": self.inline_bytes,
-            "groups": [
-                {
-                    "body": g.body.to_json(),
-                    "frames": [[place, value.to_json()] for place, value in g.frames],
-                    "inputs": [v.to_json() for v in g.inputs],
-                    "outputs": g.outputs,
-                }
-                for g in self.groups
-            ],
+            "groups": (
+                groups.to_json() if isinstance(groups, Value) else [g.to_json() for g in groups]
+            ),
         }
 
     @classmethod
     def from_json(cls, event: dict[str, Any]) -> Request:
         """Read the event of the Invoke; its versions were checked before."""
+        groups = event["groups"]
         return cls(
             run=event["run"],
             secrets={run: base64.b64decode(s) for run, s in event["secrets"].items()},
             bucket=event["bucket"],
             inline_bytes=event["inline_bytes"],
-            groups=[
-                GroupRequest(
-                    body=Value.from_json(g["body"]),
-                    frames=[(place, Value.from_json(v)) for place, v in g["frames"]],
-                    inputs=[Value.from_json(v) for v in g["inputs"]],
-                    outputs=g["outputs"],
-                )
-                for g in event["groups"]
-            ],
+            groups=(
+                Value.from_json(groups)
+                if isinstance(groups, dict)
+                else [GroupRequest.from_json(g) for g in groups]
+            ),
         )
 
 
