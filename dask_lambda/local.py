@@ -260,9 +260,16 @@ class LocalAWS:
             return self._supervisor.poll() is None
         return _lock_is_held(self.directory)
 
-    def check(self) -> None:
-        """Raise LocalAWSError, with the end of its log, if it is not running any more."""
-        if self.is_alive():
+    def check(self, wait: float = 0.0) -> None:
+        """Raise LocalAWSError, with the end of its log, if it is not running any more.
+
+        Parameters
+        ----------
+        wait : float
+            Seconds to wait for its end: a connection to a server that died breaks a little
+            earlier than it is known why.
+        """
+        if not _poll_until(lambda: not self.is_alive(), wait):
             return
         if self._ended is None:
             self._ended = self._last_words()
@@ -271,7 +278,8 @@ class LocalAWS:
     def _last_words(self) -> str:
         if self._supervisor is None or self._owner != os.getpid():
             return ""
-        assert self._supervisor.stdout is not None
+        if self._supervisor.stdout is None or self._supervisor.stdout.closed:
+            return ""
         for line in self._supervisor.stdout.read().splitlines():
             message = json.loads(line)
             if "exit" in message:
@@ -287,6 +295,8 @@ class LocalAWS:
         if self._supervisor is None or self._owner != os.getpid():
             return
         _owned.discard(self)
+        if self._ended is None:
+            self._ended = " (it was stopped)" if self.is_alive() else self._last_words()
         _stop_supervisor(self._supervisor, self.server_pid, self.directory)
 
     def _state(self) -> dict[str, Any]:
