@@ -29,6 +29,8 @@ UPLOADS = 16
 #: Hashing and sealing more than this is left to another thread.
 MIN_THREAD_BYTES = 1024 * 1024
 
+_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
 
 class Encoder:
     """Builds the payloads of one run.  To be used in the engine's thread.
@@ -269,4 +271,4 @@ async def _in_thread(size: int, work: Callable[[], Any]) -> Any:
 
 
 def _json(record: Any) -> bytes:
-    return json.dumps(record, separators=(",", ":")).encode()
+    return _to_json(record).encode()

@@ -37,6 +37,8 @@ TAG_BYTES = 32
 MIN_FRAME_BYTES = 1024
 _HEADER = struct.Struct("<4sI")
 _WRITABLE = 1 << 63
+_NO_TAG = bytes(TAG_BYTES)
+_PADDING = bytes(ALIGNMENT)
 
 
 def serialize(value: object) -> list[memoryview]:
@@ -73,16 +75,13 @@ def seal(frames: Sequence[memoryview], secret: bytes, name: str) -> bytearray:
     """Lay frames out behind a header and tag them for one object name."""
     lengths = [f.nbytes | (0 if f.readonly else _WRITABLE) for f in frames]
     header = _HEADER.pack(MAGIC, len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths)
+    parts: list[bytes | memoryview] = [_NO_TAG, header]
     offset = TAG_BYTES + len(header)
-    starts = []
     for frame in frames:
-        offset = _aligned(offset)
-        starts.append(offset)
-        offset += frame.nbytes
-    sealed = bytearray(offset)
-    sealed[TAG_BYTES : TAG_BYTES + len(header)] = header
-    for start, frame in zip(starts, frames, strict=True):
-        sealed[start : start + frame.nbytes] = frame
+        parts.append(_PADDING[: -offset % ALIGNMENT])
+        parts.append(frame)
+        offset = _aligned(offset) + frame.nbytes
+    sealed = bytearray().join(parts)
     with memoryview(sealed) as view:
         sealed[:TAG_BYTES] = _tag(view[TAG_BYTES:], secret, name)
     return sealed
