@@ -149,16 +149,26 @@ class Store:
             return self._put(data)
         raise StoreError("transient", f"s3:PutObject {name}: conflicting writes went on")
 
-    async def put_new_async(self, name: str, data: bytes | bytearray) -> None:
+    async def put_new_async(self, name: str, data: bytes | bytearray) -> int:
         """Commit an object unless it exists already; see :meth:`put_new`."""
-        try:
-            with _translated("s3:PutObject", name):
-                await obstore.put_async(
-                    self.bucket, name, data, mode="create", use_multipart=False
-                )
-        except AlreadyExistsError:
-            return
-        self._put(data)
+        for _ in range(CONFLICT_ATTEMPTS):
+            try:
+                with _translated("s3:PutObject", name):
+                    await obstore.put_async(
+                        self.bucket, name, data, mode="create", use_multipart=False
+                    )
+            except AlreadyExistsError:
+                try:
+                    with _translated("s3:GetObject", name):
+                        size = (await obstore.head_async(self.bucket, name))["size"]
+                except StoreError as error:
+                    if error.kind != "missing":
+                        raise
+                    continue
+                self.counts.gets += 1
+                return size
+            return self._put(data)
+        raise StoreError("transient", f"s3:PutObject {name}: conflicting writes went on")
 
     def _put(self, data: bytes | bytearray) -> int:
         self.counts.puts += 1
