@@ -1,19 +1,25 @@
 """Where invocations and objects go: real AWS, or the embedded one.
 
-May import: config, errors, invoke, local (late), the ground, boto3 (late).  The engine does not
-know which of the two it talks to.
+May import: config, errors, the ground; late, since they are slow to import: invoke, local_shared,
+boto3.  The engine does not know which of the two it talks to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from dask_lambda.config import DEFAULT_CONCURRENCY, Settings
 from dask_lambda.errors import AccessDeniedError, ConfigurationError
-from dask_lambda.invoke import LambdaInvoker
 from lambda_worker.store import open_bucket
+
+if TYPE_CHECKING:
+    from dask_lambda.invoke import LambdaInvoker
+
+#: A connection to the embedded AWS breaks a little earlier than it is known to have ended.
+CHECK_SECONDS = 0.2
 
 
 @dataclass(slots=True)
@@ -26,6 +32,7 @@ class AWSBackend:
     prefix: str
     window: int
     is_alive: Callable[[], bool]
+    check: Callable[[], None]
 
 
 def open_backend(settings: Settings) -> AWSBackend:
@@ -46,7 +53,8 @@ def open_backend(settings: Settings) -> AWSBackend:
 def _local(settings: Settings) -> AWSBackend:
     from botocore.credentials import Credentials
 
-    from dask_lambda.local import local_aws
+    from dask_lambda.invoke import LambdaInvoker
+    from dask_lambda.local_shared import local_aws
 
     aws = local_aws(
         concurrency=settings.concurrency, memory=settings.memory, timeout=settings.timeout
@@ -64,17 +72,29 @@ def _local(settings: Settings) -> AWSBackend:
         region=aws.region,
         access_key_id=aws.access_key_id,
         secret_access_key=aws.secret_access_key,
+        session_token="",  # not the user's, from AWS_SESSION_TOKEN
         retry_seconds=10.0,
     )
     window = min(settings.concurrency or aws.concurrency, aws.concurrency)
-    return AWSBackend(invoker, aws.bucket, bucket, settings.prefix, window, aws.is_alive)
+    return AWSBackend(
+        invoker,
+        aws.bucket,
+        bucket,
+        settings.prefix,
+        window,
+        is_alive=aws.is_alive,
+        check=partial(aws.check, wait=CHECK_SECONDS),
+    )
 
 
 def _aws(settings: Settings) -> AWSBackend:
     import boto3
     from obstore.auth.boto3 import Boto3CredentialProvider
 
-    assert settings.function is not None and settings.bucket is not None
+    from dask_lambda.invoke import LambdaInvoker
+
+    assert settings.function is not None
+    assert settings.bucket is not None
     session = boto3.Session(region_name=settings.region)
     if session.region_name is None:
         raise ConfigurationError(
@@ -102,5 +122,11 @@ def _aws(settings: Settings) -> AWSBackend:
     )
     window = settings.concurrency or DEFAULT_CONCURRENCY
     return AWSBackend(
-        invoker, settings.bucket, bucket, settings.prefix, window, is_alive=lambda: True
+        invoker,
+        settings.bucket,
+        bucket,
+        settings.prefix,
+        window,
+        is_alive=lambda: True,
+        check=lambda: None,
     )

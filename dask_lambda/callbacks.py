@@ -63,7 +63,7 @@ class Callbacks:
         """Make the state, once the graph is known."""
         self._graph = graph
         self._results = set(graph.outputs)
-        self._priorities = order(graph.source)
+        self._priorities = order(graph.source)  # type: ignore[arg-type]
         self.state = start_state_from_dask(
             graph.source, keys=self._results, sortkey=self._priorities.get
         )
@@ -97,14 +97,14 @@ class Callbacks:
         """Tell that the computation is over."""
         for callback in self._started:
             if callback[4]:
-                callback[4](self._nodes if self._graph is None else self._graph.source, self.state, failed)
+                callback[4](
+                    self._nodes if self._graph is None else self._graph.source, self.state, failed
+                )
 
     def _finish(self, key: Key, value: Any) -> None:
         assert self._graph is not None
         self.state["cache"][key] = value
-        finish_task(
-            self._graph.source, key, self.state, self._results, self._priorities.get
-        )
+        finish_task(self._graph.source, key, self.state, self._results, self._priorities.get)
         for callback in self._posttask:
             callback(key, value, self._graph.source, self.state, WORKER)
 

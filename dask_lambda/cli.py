@@ -71,7 +71,7 @@ def local() -> None:
 @as_json
 def start(concurrency: int | None, port: int | None, as_json: bool) -> None:
     """Start it, unless it is running."""
-    from dask_lambda.local import shared_status, start_shared
+    from dask_lambda.local_shared import shared_status, start_shared
 
     before = shared_status()
     aws = start_shared(concurrency=concurrency, port=port)
@@ -89,7 +89,7 @@ def start(concurrency: int | None, port: int | None, as_json: bool) -> None:
 @click.pass_context
 def status(context: click.Context, as_json: bool) -> None:
     """Say whether it runs: exit code 0, or 3 if it does not."""
-    from dask_lambda.local import shared_status
+    from dask_lambda.local_shared import shared_status
 
     aws = shared_status()
     if as_json:
@@ -106,7 +106,7 @@ def status(context: click.Context, as_json: bool) -> None:
 @as_json
 def stop(as_json: bool) -> None:
     """Stop it, if it is running, and remove its data."""
-    from dask_lambda.local import stop_shared
+    from dask_lambda.local_shared import stop_shared
 
     stopped = stop_shared()
     if as_json:

@@ -22,12 +22,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import errors, failures
 from dask_lambda.encode import Encoder
 from dask_lambda.graph import Graph, short
-from dask_lambda.invoke import Reply
 from dask_lambda.plan import Group, Plan
 from dask_lambda.report import RunCounts
 from dask_lambda.state import (
@@ -49,6 +48,9 @@ from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
+
+if TYPE_CHECKING:
+    from dask_lambda.invoke import Reply
 
 logger = logging.getLogger("dask_lambda")
 
@@ -72,6 +74,12 @@ class Backend(Protocol):
     bucket: Any  #: an obstore store
     prefix: str
     window: int
+
+    def is_alive(self) -> bool:
+        """Whether it can still be reached, as far as is known without asking it."""
+
+    def check(self) -> None:
+        """Raise an error that says why it cannot be reached any more, if that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +365,13 @@ class Engine:
         if content is None or "refused" in content:
             if reply.ran:
                 run.uncertain.update(run.object_name(k) for g in groups for k in g.outputs)
-            failure = reply.failure or failures.from_refusal(content["refused"] if content else {})
+            if content is not None:
+                failure = failures.from_refusal(content["refused"])
+            else:
+                assert reply.failure is not None
+                failure = reply.failure
+                if not reply.answered:
+                    await asyncio.to_thread(self.backend.check)
             return [failure] * len(groups)
         outcomes: list[Failure | None] = []
         for group, record in zip(groups, content["groups"], strict=True):
@@ -437,7 +451,7 @@ class Engine:
                     await self._keep(run)
             except StoreError as error:
                 failure = failures.from_store_error(error)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  the caller raises it
                 failure = Failure(FailureKind.FATAL, error)
         if failure is not None:
             for fetch in run.fetches:

@@ -184,13 +184,9 @@ class Encoder:
         outputs = [self.object_name(protocol.key_label(key)) for key in group.outputs]
         name = self.object_name("body-" + protocol.key_label(group.outputs[0]))
         sealed = codec.seal(frames, self._secret, name)
-        return GroupRequest(
-            Value(name, len(sealed), sealed), inputs, outputs, uploads[::-1]
-        )
+        return GroupRequest(Value(name, len(sealed), sealed), inputs, outputs, uploads[::-1])
 
-    async def _outside(
-        self, key: Key, inline_bytes: int, secrets: dict[str, bytes]
-    ) -> Value:
+    async def _outside(self, key: Key, inline_bytes: int, secrets: dict[str, bytes]) -> Value:
         """Describe an input that no group makes."""
         graph = self._graph
         if key in graph.stored:

@@ -358,7 +358,9 @@ def to_exception(failure: Failure, key: str, secrets: dict[str, bytes]) -> BaseE
     if detail.error is errors.RemoteError:
         words = f"Task {key} raised {detail.message}"
         if detail.fields.get("unpicklable"):
-            words += f" (shown as text, since it cannot be rebuilt here: {detail.fields['unpicklable']})"
+            words += (
+                f" (shown as text, since it cannot be rebuilt here: {detail.fields['unpicklable']})"
+            )
     exception = detail.error(f"{words}. {detail.advice}" if detail.advice else words)
     if detail.note:
         heading = "Remote traceback:\n" if detail.error is errors.RemoteError else ""
@@ -370,7 +372,7 @@ def _own_exception(value: protocol.Value, secrets: dict[str, bytes]) -> Exceptio
     run = protocol.run_of(value.name)
     try:
         exception = codec.loads(value.data, secrets[run], value.name)
-    except Exception:  # a user's __setstate__ may raise anything here; the text is at hand
+    except Exception:  # noqa: BLE001  a user's __setstate__ may raise anything here; the text will do
         return None
     # SystemExit and the like must not end the caller's program: the text will do for them.
     return exception if isinstance(exception, Exception) else None
@@ -379,5 +381,5 @@ def _own_exception(value: protocol.Value, secrets: dict[str, bytes]) -> Exceptio
 def _add_note(exception: BaseException, note: str) -> None:
     try:
         exception.add_note(note)
-    except Exception:  # an exception may forbid attributes; its type matters more than the note
+    except Exception:  # noqa: BLE001  it may forbid attributes; its type matters more
         return

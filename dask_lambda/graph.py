@@ -2,8 +2,9 @@
 
 A scheduler is called with an ``Expr``, a ``HighLevelGraph``, a dict of task specifications, or
 a dict that still holds legacy tuples.  :func:`materialise` turns each into a dict of nodes, and
-:func:`normalise` that into a :class:`Graph`: only what the requested keys need, with the nodes sorted by what has to happen
-for them (tasks run, literals are at hand, stored results are in S3, aliases are mere names).
+:func:`normalise` that into a :class:`Graph`: only what the requested keys need, with the nodes
+sorted by what has to happen for them (tasks run, literals are at hand, stored results are in S3,
+aliases are mere names).
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ to try again is decided in :mod:`dask_lambda.state`.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import re
@@ -49,12 +48,15 @@ class Reply:
         From the REPORT line of the log, where Lambda sent it.
     ran : bool
         Whether the function may have run: its effects have to be reckoned with.
+    answered : bool
+        Whether there was any HTTP answer.
     """
 
     content: dict[str, Any] | None
     failure: Failure | None = None
     billed_ms: float | None = None
     ran: bool = True
+    answered: bool = True
 
 
 class LambdaInvoker:
@@ -117,7 +119,7 @@ class LambdaInvoker:
         """Ask whether the function exists and may be invoked, without running it (free)."""
         try:
             status, _, body = await self._post(b"{}", {"X-Amz-Invocation-Type": "DryRun"})
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return failures.from_network(error)
         if status // 100 == 2:
             return None
@@ -128,9 +130,9 @@ class LambdaInvoker:
         try:
             status, headers, body = await self._post(payload, {"X-Amz-Log-Type": "Tail"})
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return Reply(None, failures.from_network(error), ran=False)
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            return Reply(None, failures.from_network(error))
+            return Reply(None, failures.from_network(error), ran=False, answered=False)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            return Reply(None, failures.from_network(error), answered=False)
         if status // 100 != 2:
             failure = failures.from_response(status, body, self.function, self.region)
             return Reply(None, failure, ran=status >= 500)

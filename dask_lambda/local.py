@@ -40,7 +40,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
 import zipfile
@@ -55,11 +54,9 @@ from dask_lambda.errors import ConfigurationError, LocalAWSError
 __all__ = [
     "LocalAWS",
     "available_cores",
-    "local_aws",
-    "shared_status",
-    "start_shared",
-    "state_directory",
-    "stop_shared",
+    "fingerprint",
+    "lock_is_held",
+    "terminate",
     "worker_code",
 ]
 
@@ -258,7 +255,7 @@ class LocalAWS:
         """Whether it is running."""
         if self._supervisor is not None and self._owner == os.getpid():
             return self._supervisor.poll() is None
-        return _lock_is_held(self.directory)
+        return lock_is_held(self.directory)
 
     def check(self, wait: float = 0.0) -> None:
         """Raise LocalAWSError, with the end of its log, if it is not running any more.
@@ -391,7 +388,7 @@ class _Start:
             "pid": supervisor.pid,
             "server_pid": server_pid,
             "directory": str(self.directory),
-            "fingerprint": _fingerprint(self.code),
+            "fingerprint": fingerprint(self.code),
         }
         return state, supervisor
 
@@ -532,61 +529,9 @@ class _Start:
             ) from error
 
 
-# One for the process.
+# Ending those that this process started.
 
-_singleton_lock = threading.Lock()
-_singletons: dict[tuple[tuple[str, Any], ...], LocalAWS] = {}
 _owned: weakref.WeakSet[LocalAWS] = weakref.WeakSet()
-
-
-def local_aws(**settings: Any) -> LocalAWS:
-    """Return this process's embedded AWS, and start it if necessary.
-
-    The one that is kept running by ``dask-lambda local start`` is used if its code, its
-    environment and the given settings match; else one is started that ends with this process.
-
-    Parameters
-    ----------
-    **settings
-        As for :meth:`LocalAWS.start`.  The same settings return the same object.
-
-    Returns
-    -------
-    LocalAWS
-
-    Raises
-    ------
-    LocalAWSError
-        It could not be started.
-    """
-    if "detach" in settings:
-        raise ConfigurationError("local_aws() ends with its process: use start_shared()")
-    name = tuple(sorted(settings.items()))
-    with _singleton_lock:
-        aws = _singletons.get(name)
-        if aws is None or not aws.is_alive():
-            aws = _matching_shared(settings) or LocalAWS.start(**settings)
-            _singletons[name] = aws
-        return aws
-
-
-def _matching_shared(settings: dict[str, Any]) -> LocalAWS | None:
-    try:
-        shared = shared_status()
-    except OSError as error:
-        logger.debug("no shared embedded AWS: %s", error)
-        return None
-    if shared is None:
-        return None
-    code = settings.get("code")
-    differs = _differences(shared, worker_code() if code is None else code)
-    differs += _setting_differences(shared, settings)
-    if differs:
-        logger.info(
-            "the embedded AWS at %s is not used: %s", shared.endpoint_url, "; ".join(differs)
-        )
-        return None
-    return shared
 
 
 @atexit.register
@@ -596,162 +541,21 @@ def _stop_owned() -> None:
         aws.stop()
 
 
-def _forget_after_fork() -> None:
+def _disown_after_fork() -> None:
     """In a forked child nothing is owned, and the parent's pipes are not held open."""
-    global _singleton_lock
-    _singleton_lock = threading.Lock()
-    _singletons.clear()
     for aws in list(_owned):
         aws._release_after_fork()
     _owned.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+    os.register_at_fork(after_in_child=_disown_after_fork)
 
 
-# One for several processes.
+# Small parts.
 
 
-def state_directory() -> Path:
-    """Return the directory of the shared one's state file.
-
-    ``DASK_LAMBDA_STATE_DIR``, or ``dask-lambda`` in ``XDG_RUNTIME_DIR`` or in the user's cache
-    directory.
-    """
-    if explicit := os.environ.get("DASK_LAMBDA_STATE_DIR"):
-        return Path(explicit)
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(runtime) / "dask-lambda"
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "dask-lambda"
-
-
-def start_shared(**settings: Any) -> LocalAWS:
-    """Return the embedded AWS that is kept running for all of the user's processes.
-
-    Parameters
-    ----------
-    **settings
-        As for :meth:`LocalAWS.start`.
-
-    Raises
-    ------
-    LocalAWSError
-        It could not be started, or one is running with other settings or other code.
-    """
-    with _state_locked():
-        shared = shared_status()
-        if shared is not None:
-            code = settings.get("code")
-            differs = _differences(shared, worker_code() if code is None else code)
-            differs += _setting_differences(shared, settings)
-            if differs:
-                raise LocalAWSError(
-                    f"an embedded AWS is running at {shared.endpoint_url}, but {differs[0]}: "
-                    "stop it first (dask-lambda local stop)"
-                )
-            return shared
-        aws = LocalAWS.start(**{**settings, "detach": True})
-        try:
-            _write_state(aws._state())
-        except BaseException:
-            aws.stop()
-            raise
-        return aws
-
-
-def shared_status() -> LocalAWS | None:
-    """Return the embedded AWS that is kept running, or None.
-
-    A state file whose process is gone is removed.
-    """
-    path = state_directory() / "local.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    try:
-        shared = LocalAWS(json.loads(text))
-    except (ValueError, KeyError, TypeError):  # another version's
-        shared = None
-    if shared is not None and _lock_is_held(shared.directory):
-        return shared
-    path.unlink(missing_ok=True)
-    return None
-
-
-def stop_shared() -> bool:
-    """Stop the one that is kept running; return whether there was one."""
-    with _state_locked():
-        shared = shared_status()
-        if shared is None:
-            return False
-        _terminate(shared.pid, shared.directory)
-        (state_directory() / "local.json").unlink(missing_ok=True)
-        return True
-
-
-def _write_state(state: dict[str, Any]) -> None:
-    path = state_directory() / "local.json"
-    with tempfile.NamedTemporaryFile(  # created with mode 0600
-        "w", dir=path.parent, prefix=".local-", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(state, file, indent=1)
-    os.replace(file.name, path)
-
-
-@contextmanager
-def _state_locked() -> Iterator[None]:
-    """Let one process at a time start or stop the shared one."""
-    import fcntl
-
-    directory = state_directory()
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _terminate(pid: int, directory: Path) -> None:
-    """End another process's supervisor; its lock is held, so the id is its own."""
-    with _ignoring_missing():
-        os.kill(pid, signal.SIGTERM)
-    if not _poll_until(lambda: not _lock_is_held(directory), STOP_TIMEOUT):
-        with _ignoring_missing():
-            os.kill(pid, signal.SIGKILL)
-        _poll_until(lambda: not _lock_is_held(directory), STOP_TIMEOUT)
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def _differences(shared: LocalAWS, code: bytes) -> list[str]:
-    ours = _fingerprint(code)
-    return [
-        f"its {name.replace('_', ' ')} differs from this process's"
-        for name, value in ours.items()
-        if shared._fingerprint.get(name) != value
-    ]
-
-
-def _setting_differences(shared: LocalAWS, settings: dict[str, Any]) -> list[str]:
-    actual = {
-        "concurrency": shared.concurrency,
-        "memory": shared.memory,
-        "timeout": shared.timeout,
-        "port": int(shared.endpoint_url.rpartition(":")[2]),
-        "directory": shared.directory.parent,
-    }
-    return [
-        f"its {name} is {actual[name]}, not {value}"
-        for name, value in settings.items()
-        if name in actual and value is not None and actual[name] != value
-    ]
-
-
-def _fingerprint(code: bytes) -> dict[str, Any]:
+def fingerprint(code: bytes) -> dict[str, Any]:
     """Return what must be equal for one process's tasks to run in another one's workers."""
     return {
         "python": sys.version,
@@ -763,9 +567,6 @@ def _fingerprint(code: bytes) -> dict[str, Any]:
             for package in ("dask", "cloudpickle", "numpy")
         },
     }
-
-
-# Small parts.
 
 
 def available_cores() -> int:
@@ -859,7 +660,7 @@ def _ending(message: dict[str, Any]) -> str:
     return f" (exit code {message.get('exit')})" + (f"; the end of its log:\n{log}" if log else "")
 
 
-def _lock_is_held(directory: Path) -> bool:
+def lock_is_held(directory: Path) -> bool:
     """Whether the supervisor of this directory lives."""
     import fcntl
 
@@ -873,6 +674,17 @@ def _lock_is_held(directory: Path) -> bool:
     return False
 
 
+def terminate(pid: int, directory: Path) -> None:
+    """End another process's supervisor; its lock is held, so the id is its own."""
+    with _ignoring_missing():
+        os.kill(pid, signal.SIGTERM)
+    if not _poll_until(lambda: not lock_is_held(directory), STOP_TIMEOUT):
+        with _ignoring_missing():
+            os.kill(pid, signal.SIGKILL)
+        _poll_until(lambda: not lock_is_held(directory), STOP_TIMEOUT)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def _sweep(parent: Path) -> None:
     """Remove directories whose supervisor was killed together with its client."""
     for path in parent.glob(PREFIX + "*"):
@@ -881,7 +693,7 @@ def _sweep(parent: Path) -> None:
                 continue
         except OSError:
             continue
-        if not _lock_is_held(path):
+        if not lock_is_held(path):
             shutil.rmtree(path, ignore_errors=True)
 
 

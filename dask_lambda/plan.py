@@ -126,7 +126,7 @@ def _priorities(graph: Graph, dependencies: Mapping[Key, set[Key]]) -> Mapping[K
     tasks = graph.tasks
     inner = {key: {d for d in reads if d in tasks} for key, reads in dependencies.items()}
     try:
-        priorities: Mapping[Key, int] = order(tasks, dependencies=inner)  # type: ignore[assignment]
+        priorities: Mapping[Key, int] = order(tasks, dependencies=inner)  # type: ignore[assignment,arg-type]
     except RuntimeError as error:  # "Cycle detected in Dask: ..."
         raise CyclicGraphError(str(error)) from error
     return priorities
@@ -136,9 +136,7 @@ def _client_tasks(
     graph: Graph, dependencies: Mapping[Key, set[Key]], outputs: set[Key]
 ) -> set[Key]:
     """Find the requested tasks that only put blocks together and that nothing else reads."""
-    candidates = {
-        key for key in outputs if key in graph.tasks and is_finaliser(graph.tasks[key])
-    }
+    candidates = {key for key in outputs if key in graph.tasks and is_finaliser(graph.tasks[key])}
     if candidates:
         for reads in dependencies.values():
             candidates -= reads

@@ -124,9 +124,7 @@ class RunCounts:
         self, client: Counts, wall_seconds: float, *, failed: bool, prices: Prices
     ) -> RunReport:
         """Sum up."""
-        total = Counts(
-            *(getattr(client, n) + getattr(self.workers, n) for n in Counts.__slots__)
-        )
+        total = Counts(*(getattr(client, n) + getattr(self.workers, n) for n in Counts.__slots__))
         return RunReport(
             tasks=self.tasks,
             invocations=self.invocations,

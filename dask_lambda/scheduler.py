@@ -13,8 +13,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import dask
-from dask._task_spec import GraphNode, Task
+import dask.config
+from dask._task_spec import DataNode, GraphNode, Task
+from dask.base import get_annotations, persist
 from dask.callbacks import local_callbacks
 from dask.local import nested_get
 
@@ -27,16 +28,20 @@ from dask_lambda.dispatch import Engine, Run, RunFailed, RunSucceeded, TaskFinis
 from dask_lambda.errors import ConfigurationError
 from dask_lambda.graph import Graph
 from dask_lambda.plan import make_plan
-from dask_lambda.report import RunReport
+from dask_lambda.report import RunCounts, RunReport
 from lambda_worker import codec
 from lambda_worker.protocol import Key, Reference, load_reference
+from lambda_worker.store import Counts
 
 #: Keywords of Dask's other schedulers that mean nothing here.  They are accepted, so that
 #: ``x.compute(num_workers=4)`` need not be changed; any other unknown keyword is an error.
 IGNORED_KEYWORDS = frozenset(
-    "num_workers pool chunksize rerun_exceptions_locally raise_exception cache get_id "
-    "pack_exception dumps loads func_loads func_dumps optimize_graph workers priority "
-    "fifo_timeout allow_other_workers resources actors traverse".split()
+    {
+        *("num_workers", "pool", "chunksize", "cache", "get_id", "optimize_graph"),
+        *("rerun_exceptions_locally", "raise_exception", "pack_exception"),
+        *("dumps", "loads", "func_dumps", "func_loads", "traverse"),
+        *("workers", "priority", "fifo_timeout", "allow_other_workers", "resources", "actors"),
+    }
 )
 
 #: How long Ctrl-C waits for the objects of the run to be deleted, in seconds.
@@ -142,7 +147,7 @@ class LambdaScheduler:
             return self._compute(dsk, keys, kwargs, persist=True)
 
         return list(
-            dask.persist(
+            persist(
                 *collections,
                 traverse=False,
                 optimize_graph=optimize_graph,
@@ -182,7 +187,10 @@ class LambdaScheduler:
                 failed = False
             finally:
                 callbacks.finish(failed)
-        return nested_get(keys, {key: values[graph.resolve(key)] for key in graph.outputs})
+        results = {key: values[graph.resolve(key)] for key in graph.outputs}
+        if persist:
+            results = {key: _node(key, value) for key, value in results.items()}
+        return nested_get(keys, results)
 
     def _settings(self, kwargs: dict[str, Any]) -> Settings:
         overrides = dict(self._overrides)
@@ -210,7 +218,7 @@ class LambdaScheduler:
         values = {key: graph.literals[key] for key in plan.fetch if key in graph.literals}
         if persist:
             for key in plan.fetch & graph.stored.keys():
-                values[key] = _load_task(key, graph.stored[key])
+                values[key] = graph.stored[key]
         if len(values) < len(plan.fetch):
             engine = self._engine(settings)
             run = engine.start(
@@ -229,12 +237,14 @@ class LambdaScheduler:
                 engine.cancel(run, CANCEL_SECONDS)
                 raise
             finally:
-                self._report(run, time.perf_counter() - started, failed)
+                self._report(run.counts, run.store.counts, started, failed)
             for key in plan.fetch - values.keys():
                 if persist:
-                    values[key] = _load_task(key, _reference(engine, run, key))
+                    values[key] = _reference(engine, run, key)
                 else:
                     values[key] = run.load(key)
+        else:  # all that is asked for is at hand
+            self._report(RunCounts(), Counts(), started, failed=False)
         for key in plan.client:
             if callbacks:
                 callbacks.task_started(key)
@@ -260,10 +270,11 @@ class LambdaScheduler:
                 case RunFailed(exception):
                     raise exception
 
-    def _report(self, run: Run, wall_seconds: float, failed: bool) -> None:
+    def _report(self, counts: RunCounts, client: Counts, started: float, failed: bool) -> None:
         global _last_report
-        _last_report = self.last_report = run.counts.report(
-            run.store.counts, wall_seconds, failed=failed, prices=Prices()
+        seconds = time.perf_counter() - started
+        _last_report = self.last_report = counts.report(
+            client, seconds, failed=failed, prices=Prices()
         )
 
     # -- the engine ------------------------------------------------------------------------------
@@ -302,10 +313,10 @@ class LambdaScheduler:
 
 def _retries(dsk: Any, default: int) -> Callable[[Key], int]:
     """Return the retries of each key: its annotation, those active now, or the default."""
-    active = dask.get_annotations().get("retries")
+    active = get_annotations().get("retries")
     if active is not None:
         default = active
-    annotations = getattr(dsk, "__dask_annotations__", dict)()
+    annotations: dict[str, Any] = getattr(dsk, "__dask_annotations__", dict)()
     of_key: dict[Key, int] = annotations.get("retries", {})
     if not of_key:
         return lambda key: default
@@ -319,10 +330,12 @@ def _reference(engine: Engine, run: Run, key: Key) -> Reference:
     return reference
 
 
-def _load_task(key: Key, reference: Reference) -> GraphNode:
-    return Task(key, load_reference, reference)
+def _node(key: Key, value: Any) -> GraphNode:
+    """Return what stands for a result in the graph of a persisted collection."""
+    if isinstance(value, Reference):
+        return Task(key, load_reference, value)
+    return DataNode(key, value)
 
 
 def _rebuild(overrides: dict[str, Any]) -> LambdaScheduler:
     return LambdaScheduler(**overrides)
-

@@ -357,9 +357,7 @@ class State:
                 released.append(key)
                 del data[key]
 
-    def _failed(
-        self, group: _Group, failure: Failure, now: float, out: list[Instruction]
-    ) -> None:
+    def _failed(self, group: _Group, failure: Failure, now: float, out: list[Instruction]) -> None:
         policy, kind = self.policy, failure.kind
         count = group.failures[kind] = group.failures.get(kind, 0) + 1
         match kind:

@@ -198,7 +198,7 @@ class Invocation:
             codec.loads(data, self.request.secrets[self.request.run], name)
             if len(data) <= MAX_EXCEPTION_BYTES:
                 fields["exception"] = Value(name, len(data), data).to_json()
-        except Exception as why:  # whatever a user's __reduce__ raises: the text will do
+        except Exception as why:  # noqa: BLE001  whatever a user's __reduce__ raises: the text will do
             fields["unpicklable"] = f"{type(why).__name__}: {why}"[:500]
         return Failure("exception", doing + _text(error), **fields)
 
@@ -256,13 +256,14 @@ def _log(event: dict[str, Any], context: Any, reply: dict[str, Any]) -> None:
         "milliseconds": round(reply["milliseconds"], 3),
         "peak_memory": reply.get("peak_memory"),
     }
-    print(json.dumps(line), file=sys.stderr, flush=True)
+    sys.stderr.write(json.dumps(line) + "\n")
+    sys.stderr.flush()
 
 
 def _text(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # a user's __str__ may fail
+    except Exception:  # noqa: BLE001  a user's __str__ may fail
         return type(error).__name__
 
 
@@ -274,7 +275,10 @@ def _traceback(error: BaseException) -> str:
         trace = trace.tb_next
     try:
         text = "".join(traceback.format_exception(type(error), error, trace))
-    except Exception:
+    except Exception:  # noqa: BLE001  the same
         text = "".join(traceback.format_tb(trace)) + _text(error)
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT // 2] + "\n...\n" + text[-MAX_TEXT // 2 :]
-
+    return (
+        text
+        if len(text) <= MAX_TEXT
+        else text[: MAX_TEXT // 2] + "\n...\n" + text[-MAX_TEXT // 2 :]
+    )

@@ -201,7 +201,7 @@ def versions() -> dict[str, str]:
 
         _versions = {
             "python": ".".join(platform.python_version_tuple()[:2]),
-            "dask": dask.__version__,
+            "dask": dask.__version__,  # type: ignore[attr-defined]
         }
     return _versions
 
@@ -229,7 +229,9 @@ def run_of(name: str) -> str:
 
 def key_label(key: Key) -> str:
     """Return the label of a Dask key's object: a hash, since keys may be of any length."""
-    return hashlib.blake2b(repr(key).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        repr(key).encode("utf-8", "backslashreplace"), digest_size=16
+    ).hexdigest()
 
 
 def error_name(output: str) -> str:
@@ -276,7 +278,8 @@ class collect_references:
 
     def __enter__(self) -> list[Reference]:
         self._outer = getattr(_pickled, "found", None)
-        _pickled.found = found = []
+        found: list[Reference] = []
+        _pickled.found = found
         return found
 
     def __exit__(self, *exc_info: object) -> None:

@@ -13,10 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
-from obstore.exceptions import UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.store import S3Store
 
 from lambda_worker.errors import StoreError, StoreErrorKind
@@ -26,6 +31,7 @@ REQUEST_TIMEOUT = timedelta(seconds=300)
 CONNECT_TIMEOUT = timedelta(seconds=10)
 #: A conditional PUT that meets another one in flight (409) is tried again this often.
 CONFLICT_ATTEMPTS = 5
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(slots=True)
@@ -70,22 +76,26 @@ def open_bucket(
         ``access_key_id`` and ``secret_access_key``, or ``credential_provider``; default: the
         standard environment variables, which Lambda sets for the execution role.
     """
+    client: dict[str, Any] = {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT}
+    config: dict[str, Any] = {}
     endpoint_url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
     endpoint_url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {}
     if endpoint_url:
-        options["endpoint"] = endpoint_url
+        # obstore reads AWS_* variables too, and some would win over the arguments.
+        config["aws_endpoint_url_s3"] = endpoint_url
+        config["virtual_hosted_style_request"] = False
+        config["skip_signature"] = False
+        client["allow_http"] = endpoint_url.startswith("http://")
+        if urlsplit(endpoint_url).hostname in LOOPBACK:
+            client["proxy_url"] = endpoint_url  # in place of HTTP_PROXY, and never used:
+            client["proxy_excludes"] = ",".join(LOOPBACK)
     if region:
-        options["region"] = region
+        config["region"] = region
     return S3Store(
         bucket,
-        client_options={
-            "allow_http": bool(endpoint_url and endpoint_url.startswith("http://")),
-            "timeout": REQUEST_TIMEOUT,
-            "connect_timeout": CONNECT_TIMEOUT,
-        },
+        client_options=client,  # type: ignore[arg-type]
         retry_config={"retry_timeout": timedelta(seconds=retry_seconds)},
-        **options,
+        **config,
         **credentials,
     )
 

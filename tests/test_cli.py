@@ -67,7 +67,7 @@ def test_start_status_stop(shell: Shell, tmp_path: Path) -> None:
     assert status.returncode == 0
     assert json.loads(status.stdout)["pid"] == aws["pid"]
 
-    program = "from dask_lambda.local import local_aws; print(local_aws().endpoint_url)"
+    program = "from dask_lambda.local_shared import local_aws; print(local_aws().endpoint_url)"
     assert shell.run("-c", program).stdout.strip() == aws["endpoint_url"]
 
     other = shell.cli("local", "start", "--concurrency", "3")

@@ -22,9 +22,10 @@ import psutil
 import pytest
 from botocore.exceptions import ClientError
 
-from dask_lambda import local
+from dask_lambda import local, local_shared
 from dask_lambda.errors import ConfigurationError, LocalAWSError
-from dask_lambda.local import LocalAWS, local_aws, shared_status, start_shared, stop_shared
+from dask_lambda.local import LocalAWS
+from dask_lambda.local_shared import local_aws, shared_status, start_shared, stop_shared
 
 pytestmark = pytest.mark.local
 
@@ -106,7 +107,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("DASK_LAMBDA_STATE_DIR", str(directory))
     monkeypatch.setattr(local, "_singletons", {})
     yield directory
-    for running in local._singletons.values():
+    for running in local_shared._singletons.values():
         running.stop()
     stop_shared()
 
@@ -423,7 +424,7 @@ def test_a_forked_child_neither_stops_nor_keeps_the_parents(state: Path) -> None
     if child == 0:  # nothing of pytest may run here
         aws.stop()
         local._stop_owned()
-        os.write(outcome, b"1" if aws.is_alive() and not local._singletons else b"0")
+        os.write(outcome, b"1" if aws.is_alive() and not local_shared._singletons else b"0")
         os.close(release_write)
         os.read(release, 1)
         os._exit(0)
