@@ -53,14 +53,17 @@ class PicklingScheduler:
 
     def _run(self, node: bytes, inputs: dict[Hashable, bytes]) -> bytes:
         self.tasks += 1
+        try:
+            return self._submit(node, inputs)
+        except BrokenProcessPool:  # tests of distributed end every child of the test process
+            self.close()
+            return self._submit(node, inputs)
+
+    def _submit(self, node: bytes, inputs: dict[Hashable, bytes]) -> bytes:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(max_workers=1, mp_context=context)
-        try:
-            return self._pool.submit(_run_pickled, node, inputs).result()
-        except BrokenProcessPool:
-            self.close()
-            raise
+        return self._pool.submit(_run_pickled, node, inputs).result()
 
     def close(self) -> None:
         """End the process; the next task starts another."""
