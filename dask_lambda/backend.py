@@ -6,6 +6,7 @@ boto3.  The engine does not know which of the two it talks to.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,11 @@ def _local(settings: Settings) -> AWSBackend:
     from dask_lambda.local_shared import local_aws
 
     aws = local_aws(
-        concurrency=settings.concurrency, memory=settings.memory, timeout=settings.timeout
+        concurrency=settings.concurrency,
+        memory=settings.memory,
+        timeout=settings.timeout,
+        # Nobody asked for it: say so where it is seen even if logging is not configured.
+        log_level=logging.WARNING if settings.backend == "auto" else logging.INFO,
     )
     invoker = LambdaInvoker(
         aws.function,

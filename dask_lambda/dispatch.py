@@ -63,7 +63,7 @@ DELETE_BATCH = 1000
 #: many bytes in all, new results go through S3 whatever their size.
 MAX_HELD_BYTES = 256 * 2**20
 #: How long closing waits for invocations in flight, whose outputs are then deleted.
-CLOSE_SECONDS = 1.0
+CLOSE_SECONDS = 0.5
 
 
 class Backend(Protocol):
@@ -579,6 +579,7 @@ class Engine:
             protocol.resolvers.pop(name, None)
         self._kept.clear()
         await self._delete(self._store, names)
-        await self.backend.invoker.close()
-        for task in self._tasks:
+        for task in self._tasks:  # invocations in flight: nobody listens to them any more
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.backend.invoker.close()

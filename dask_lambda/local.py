@@ -160,6 +160,7 @@ class LocalAWS:
         handler: str = HANDLER,
         directory: Path | None = None,
         detach: bool = False,
+        log_level: int = logging.INFO,
     ) -> LocalAWS:
         """Start an embedded AWS and wait until its function can be invoked.
 
@@ -181,6 +182,8 @@ class LocalAWS:
             for temporary files.
         detach : bool
             Let it run on when this process ends.
+        log_level : int
+            Of the one line that says that it was started.
 
         Returns
         -------
@@ -231,7 +234,8 @@ class LocalAWS:
                 break
         if not detach:
             _owned.add(aws)
-        logger.info(
+        logger.log(
+            log_level,
             "started an embedded AWS (S3 and Lambda in processes of this machine) at %s with %d "
             "concurrent invocations; to use real AWS, configure a function: "
             "dask.config.set({'dask-lambda.function': ...})",

@@ -29,7 +29,7 @@ _singleton_lock = threading.Lock()
 _singletons: dict[tuple[tuple[str, Any], ...], LocalAWS] = {}
 
 
-def local_aws(**settings: Any) -> LocalAWS:
+def local_aws(*, log_level: int = logging.INFO, **settings: Any) -> LocalAWS:
     """Return this process's embedded AWS, and start it if necessary.
 
     The one that is kept running by ``dask-lambda local start`` is used if its code, its
@@ -37,6 +37,8 @@ def local_aws(**settings: Any) -> LocalAWS:
 
     Parameters
     ----------
+    log_level : int
+        As for :meth:`LocalAWS.start`.
     **settings
         As for :meth:`LocalAWS.start`.  The same settings return the same object.
 
@@ -55,7 +57,7 @@ def local_aws(**settings: Any) -> LocalAWS:
     with _singleton_lock:
         aws = _singletons.get(name)
         if aws is None or not aws.is_alive():
-            aws = _matching_shared(settings) or LocalAWS.start(**settings)
+            aws = _matching_shared(settings) or LocalAWS.start(**settings, log_level=log_level)
             _singletons[name] = aws
         return aws
 
