@@ -1,0 +1,184 @@
+"""What the tests share: one embedded AWS for the whole session, and ways to look into it.
+
+The embedded AWS is started by the first test that needs it.  A test that uses it must leave the
+bucket empty: that is checked after each.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import dask
+import pytest
+import yaml
+
+import dask_lambda
+from dask_lambda import local
+from dask_lambda.config import Settings
+from dask_lambda.local import LocalAWS
+from dask_lambda.local_shared import local_aws
+
+ROOT = Path(local.__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Send the functions of test modules to the workers by value: they have no tests there."""
+    for module in {item.module for item in items if isinstance(item, pytest.Function)}:
+        cloudpickle.register_pickle_by_value(module)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hide the user's AWS settings, Dask configuration and shared embedded AWS."""
+    defaults = yaml.safe_load((ROOT / "dask_lambda" / "dask_lambda.yaml").read_text("utf-8"))
+    private = tmp_path_factory.mktemp("settings")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("AWS_", "DASK_")):
+                patch.delenv(name)
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("DASK_LAMBDA_STATE_DIR", str(private / "state"))
+        patch.setenv("DASK_CONFIG", str(private / "dask"))
+        settings = {
+            "scheduler": None,
+            "dask-lambda": defaults["dask-lambda"],
+            "dataframe.shuffle.method": defaults["dataframe"]["shuffle"]["method"],
+            "array.rechunk.method": defaults["array"]["rechunk"]["method"],
+        }
+        with dask.config.set(settings):
+            yield
+
+
+@pytest.fixture(scope="session")
+def aws() -> LocalAWS:
+    """The embedded AWS that ``lambda_get`` uses when nothing is configured."""
+    settings = Settings.resolve()
+    return local_aws(
+        concurrency=settings.concurrency, memory=settings.memory, timeout=settings.timeout
+    )
+
+
+def _eventually(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., bool]:
+    """``eventually(condition, seconds=20)``: whether it becomes true within that time."""
+    return _eventually
+
+
+@pytest.fixture(scope="session")
+def bucket_names(aws: LocalAWS) -> Callable[[], list[str]]:
+    """``bucket_names()``: the names of all objects in the bucket, asked of S3 itself."""
+    pages = aws.client("s3").get_paginator("list_objects_v2")
+
+    def names() -> list[str]:
+        found = pages.paginate(Bucket=aws.bucket)
+        return [entry["Key"] for page in found for entry in page.get("Contents", [])]
+
+    return names
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_bucket_empty(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test after which an object is left, in all modules that say ``uses_bucket``."""
+    if not getattr(request.module, "uses_bucket", False):
+        yield
+        return
+    names = request.getfixturevalue("bucket_names")
+    yield
+    if names():
+        gc.collect()  # persisted collections may hang in reference cycles
+        assert _eventually(lambda: not names(), 10), names()
+
+
+@pytest.fixture(scope="session")
+def deploy(aws: LocalAWS) -> Iterator[Callable[..., str]]:
+    """``deploy(files, handler, timeout, environment)``: another function; its name.
+
+    The files (name to source) are added to ``lambda_worker``; without any it is the function
+    that ``lambda_get`` uses, under another name.
+    """
+    functions = aws.client("lambda")
+    original = functions.get_function_configuration(FunctionName=aws.function)
+    made: list[str] = []
+
+    def deploy(
+        files: dict[str, str] | None = None,
+        handler: str = local.HANDLER,
+        timeout: int = 60,
+        environment: dict[str, str] | None = None,
+    ) -> str:
+        buffer = io.BytesIO(local.worker_code())
+        with zipfile.ZipFile(buffer, "a") as archive:
+            for name, source in (files or {}).items():
+                archive.writestr(name, source)
+        name = f"{aws.function}-{len(made)}"
+        functions.create_function(
+            FunctionName=name,
+            Runtime=original["Runtime"],
+            Handler=handler,
+            Role=original["Role"],
+            Code={"ZipFile": buffer.getvalue()},
+            MemorySize=aws.memory,
+            Timeout=timeout,
+            Environment={"Variables": {**local.FUNCTION_ENVIRONMENT, **(environment or {})}},
+        )
+        made.append(name)
+        return name
+
+    yield deploy
+    if aws.is_alive():
+        for name in made:
+            functions.delete_function(FunctionName=name)
+
+
+@pytest.fixture(scope="session")
+def credentials(aws: LocalAWS) -> dict[str, str]:
+    """Environment variables with which boto3 and obstore may use the embedded AWS."""
+    return {
+        "AWS_ACCESS_KEY_ID": aws.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": aws.secret_access_key,
+    }
+
+
+@pytest.fixture
+def connect(
+    aws: LocalAWS, credentials: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., dask_lambda.LambdaScheduler]]:
+    """``connect(**settings)``: a scheduler that finds the embedded AWS as it would find AWS."""
+    for name, value in credentials.items():
+        monkeypatch.setenv(name, value)
+    made: list[dask_lambda.LambdaScheduler] = []
+
+    def connect(**settings: Any) -> dask_lambda.LambdaScheduler:
+        usual = {
+            "backend": "aws",
+            "function": aws.function,
+            "bucket": aws.bucket,
+            "region": aws.region,
+            "endpoint_url": aws.endpoint_url,
+            "concurrency": 2,
+        }
+        made.append(dask_lambda.LambdaScheduler(**{**usual, **settings}))
+        return made[-1]
+
+    yield connect
+    for scheduler in made:
+        scheduler.close()
