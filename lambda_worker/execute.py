@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import dask._task_spec  # noqa: F401  tasks are unpickled into it: load it at the cold start
+
 from lambda_worker.protocol import Body, Key
 
 

@@ -1,4 +1,4 @@
-"""What travels between client and worker.  May import: nothing but dask (late).
+"""What travels between client and worker.  May import: dask's top level.
 
 One Invoke carries one *request* and brings back one *reply*; both are JSON, with pickled and
 sealed bytes in base64.  A request names several *groups*; each group has a body (its tasks), its
@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
+
+import dask
 
 #: Version of this format; client and worker must agree.
 PROTOCOL = 1
@@ -197,8 +199,6 @@ def versions() -> dict[str, str]:
     """Return the versions that must agree for pickled tasks to mean the same on both sides."""
     global _versions
     if _versions is None:
-        import dask
-
         _versions = {
             "python": ".".join(platform.python_version_tuple()[:2]),
             "dask": dask.__version__,  # type: ignore[attr-defined]
