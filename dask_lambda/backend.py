@@ -19,6 +19,10 @@ from lambda_worker.store import open_bucket
 if TYPE_CHECKING:
     from dask_lambda.invoke import LambdaInvoker
 
+logger = logging.getLogger("dask_lambda")
+
+#: Open files besides one connection for each invocation: S3, the program's own.
+OTHER_FILES = 256
 #: A connection to the embedded AWS breaks a little earlier than it is known to have ended.
 CHECK_SECONDS = 0.2
 
@@ -92,6 +96,30 @@ def _local(settings: Settings) -> AWSBackend:
     )
 
 
+def _affordable(window: int) -> int:
+    """Make room for a connection for each invocation in flight, or lower the window."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return window
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = window + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < needed:
+            affordable = max(1, soft - OTHER_FILES)
+            logger.warning(
+                "this process may open %d files only: at most %d of %d invocations run at the "
+                "same time; raise the limit (ulimit -n), or lower dask-lambda.concurrency",
+                soft,
+                affordable,
+                window,
+            )
+            return affordable
+    return window
+
+
 def _aws(settings: Settings) -> AWSBackend:
     import boto3
     from obstore.auth.boto3 import Boto3CredentialProvider
@@ -125,7 +153,7 @@ def _aws(settings: Settings) -> AWSBackend:
         region=session.region_name,
         credential_provider=Boto3CredentialProvider(session),
     )
-    window = settings.concurrency or DEFAULT_CONCURRENCY
+    window = _affordable(settings.concurrency or DEFAULT_CONCURRENCY)
     return AWSBackend(
         invoker,
         settings.bucket,

@@ -236,7 +236,10 @@ class Engine:
             watch=watch,
             watch_values=watch_values,
         )
-        self._loop.call_soon_threadsafe(self._start, run)
+        with self._lock:  # close() ends every run that was started before it
+            if self.closed:
+                raise errors.InvocationError("the scheduler was closed")
+            self._loop.call_soon_threadsafe(self._start, run)
         return run
 
     def cancel(self, run: Run, patience: float) -> None:
@@ -249,14 +252,11 @@ class Engine:
         with suppress(TimeoutError):
             done.result(patience)
 
-    def fetch(self, name: str) -> Any:
-        """Return the sealed bytes of an object, from any other thread than the engine's."""
-        return self._call(self._store.get_async(name)).result()
-
     def load(self, reference: Reference) -> Any:
-        """Load a stored result."""
-        secret, _ = self._kept[protocol.run_of(reference.name)]
-        return codec.loads(self.fetch(reference.name), secret, reference.name)
+        """Load a stored result, in any other thread than the engine's."""
+        secret = self._secret_of(reference)
+        work = self._store.get_async(reference.name, reference.size)
+        return codec.loads(self._call(work).result(), secret, reference.name)
 
     def forget(self, name: str) -> None:
         """Delete a stored result that nobody refers to any more."""
@@ -281,6 +281,7 @@ class Engine:
 
     def _work(self) -> None:
         asyncio.set_event_loop(self._loop)
+        self._loop.set_exception_handler(lambda _, context: self._panic(context))
         try:
             self._loop.run_forever()
         finally:
@@ -289,6 +290,14 @@ class Engine:
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _panic(self, context: dict[str, Any]) -> None:
+        """End all runs after an error that nobody expected: better than to hang."""
+        error = context.get("exception") or RuntimeError(context.get("message"))
+        logger.error("the engine failed: %s", context.get("message"), exc_info=error)
+        for run in self._runs.values():
+            run.over = True
+            run.events.put(RunFailed(error))
 
     async def _open(self) -> None:
         await self.backend.invoker.open()
@@ -335,8 +344,13 @@ class Engine:
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)
         self._tasks.add(task)  # the loop itself holds tasks weakly
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._panic({"message": f"{task.get_coro()!r} raised", "exception": error})
 
     # -- one invocation --------------------------------------------------------------------------
 
@@ -412,12 +426,12 @@ class Engine:
                 run.held += value.size
             if key in run.plan.fetch and not run.keep_results:
                 if data is None:
-                    self._fetch(run, self._fetch_result(run, key, value.name))
+                    self._fetch(run, self._fetch_result(run, key, value))
                 else:
                     run.results[key] = data
             if run.watch:
                 if data is None and run.watch_values:
-                    data = await run.store.get_async(value.name)
+                    data = await run.store.get_async(value.name, value.size)
                 run.events.put(TaskFinished(key, data))
 
     def _held(self) -> int:
@@ -428,16 +442,16 @@ class Engine:
     def _fetch(self, run: Run, work: Coroutine[Any, Any, None]) -> None:
         run.fetches.add(self._spawn(work))
 
-    async def _fetch_result(self, run: Run, key: Key, name: str) -> None:
+    async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
-            run.results[key] = await run.store.get_async(name)
+            run.results[key] = await run.store.get_async(value.name, value.size)
 
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a stored result and seal it anew, as if this run had made it."""
         reference = run.graph.stored[key]
         secret = self._secret_of(reference)
         async with self._fetching:
-            data = await run.store.get_async(reference.name)
+            data = await run.store.get_async(reference.name, reference.size)
         frames = codec.unseal(data, secret, reference.name)
         run.results[key] = codec.seal(frames, run.secret, run.object_name(key))
 

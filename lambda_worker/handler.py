@@ -102,7 +102,7 @@ class Invocation:
             return codec.unseal(data, self.secret(value.name), value.name)
         data = environment.cache.get(value.name)
         if data is None:
-            data = self.store.get(value.name)
+            data = self.store.get(value.name, value.size)
             frames = codec.unseal(data, self.secret(value.name), value.name)
             if value.shared:
                 environment.cache.put(value.name, data)

@@ -117,16 +117,16 @@ class Store:
         self.bucket = bucket
         self.counts = Counts()
 
-    def get(self, name: str) -> Any:
-        """Return an object's bytes (a read-only buffer)."""
+    def get(self, name: str, size: int) -> Any:
+        """Return an object's bytes, of which there are ``size``, as a read-only buffer."""
         with _translated("s3:GetObject", name):
-            data = obstore.get(self.bucket, name).bytes()
+            data = obstore.get_range(self.bucket, name, start=0, length=size)
         return self._got(data)
 
-    async def get_async(self, name: str) -> Any:
-        """Return an object's bytes (a read-only buffer)."""
-        with _translated("s3:GetObject", name):
-            data = await (await obstore.get_async(self.bucket, name)).bytes_async()
+    async def get_async(self, name: str, size: int) -> Any:
+        """Return an object's bytes, of which there are ``size``, as a read-only buffer."""
+        with _translated("s3:GetObject", name):  # one step, where get and bytes would be two
+            data = await obstore.get_range_async(self.bucket, name, start=0, length=size)
         return self._got(data)
 
     def _got(self, data: Any) -> Any:
