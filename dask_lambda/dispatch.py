@@ -339,7 +339,7 @@ class Engine:
                 case RunDrained(name):
                     self._runs[name].drained.set()
                 case Wake(at):
-                    self._loop.call_later(at - time.monotonic(), self._handle, TimePassed())
+                    self._loop.call_later(at - time.monotonic(), self._handle, TimePassed(at))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)

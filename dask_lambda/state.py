@@ -137,6 +137,8 @@ class WindowChanged:
 class TimePassed:
     """The time that a :class:`Wake` asked for has come."""
 
+    at: float
+
 
 Event = GroupsAdded | InvocationEnded | RunCancelled | WindowChanged | TimePassed
 
@@ -220,6 +222,7 @@ class _Run:
     in_flight: int = 0
     last: bool = False
     ended: bool = False
+    throttled_since: float = float("-inf")  # the first time after the last success of any run
 
 
 class State:
@@ -246,7 +249,7 @@ class State:
         self._counter = 0
         self._wake: float | None = None
         self._last_decrease = float("-inf")
-        self._last_success: float | None = None
+        self._last_success = float("-inf")
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Take note of an event and decide what to do.
@@ -262,7 +265,7 @@ class State:
             case InvocationEnded(invocation, outcomes):
                 self._invocation_ended(invocation, outcomes, now, out)
             case GroupsAdded():
-                self._add(event, now, out)
+                self._add(event, out)
             case RunCancelled(name):
                 run = self._runs.get(name)
                 if run is not None and not run.ended:
@@ -270,8 +273,9 @@ class State:
             case WindowChanged(window):
                 self.window = window
                 self.limit = float(window)
-            case TimePassed():
-                self._wake = None
+            case TimePassed(at):
+                if at == self._wake:  # else an earlier one has overtaken it
+                    self._wake = None
         self._undelay(now)
         self._dispatch(out)
         if self._delayed and (self._wake is None or self._delayed[0][0] < self._wake):
@@ -281,20 +285,20 @@ class State:
 
     # -- events --------------------------------------------------------------------------------
 
-    def _add(self, event: GroupsAdded, now: float, out: list[Instruction]) -> None:
+    def _add(self, event: GroupsAdded, out: list[Instruction]) -> None:
         run = self._runs.get(event.run)
         if run is None:
             run = self._runs[event.run] = _Run(event.run)
         if run.ended:
             return
-        if self._last_success is None or not self.in_flight:
-            self._last_success = now
+        closing = event.last and not run.last
         run.last = event.last
         data = run.data
         for spec in event.groups:
             for key in spec.outputs:
-                datum = data.setdefault(key, _Datum())
-                datum.keep = datum.keep or key in event.keep
+                data.setdefault(key, _Datum())
+        for key in event.keep & data.keys():
+            data[key].keep = True
         run.unfinished += len(event.groups)
         for spec in event.groups:
             group = _Group(spec, run, 0)
@@ -306,6 +310,12 @@ class State:
                     group.missing += 1
             if not group.missing:
                 self._make_ready(group)
+        if closing:  # until now somebody might still have come to read these
+            idle = [k for k, d in data.items() if d.available and not d.readers and not d.keep]
+            for key in idle:
+                del data[key]
+            if idle:
+                out.append(Release(run.name, tuple(idle)))
         self._end_if_done(run, out)
 
     def _invocation_ended(
@@ -369,8 +379,9 @@ class State:
                 again = count < policy.transient_tries
             case FailureKind.THROTTLED:
                 self._throttled(now)
-                assert self._last_success is not None
-                again = now - self._last_success < policy.throttle_patience
+                if group.run.throttled_since <= self._last_success:
+                    group.run.throttled_since = now
+                again = now - group.run.throttled_since < policy.throttle_patience
             case FailureKind.FATAL:
                 again = False
         if not again:
@@ -378,7 +389,7 @@ class State:
             return
         # "Full jitter": anywhere between 0 and the exponentially growing bound
         # (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
-        bound = min(policy.max_backoff, policy.backoff * 2.0 ** (count - 1))
+        bound = min(policy.max_backoff, policy.backoff * 2.0 ** min(count - 1, 60))
         self._counter += 1
         at = now + self._random.uniform(0, bound)
         heapq.heappush(self._delayed, (at, self._counter, group))
