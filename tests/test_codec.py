@@ -1,0 +1,342 @@
+"""Values to sealed bytes and back: nothing is copied, and nothing foreign is unpickled."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lambda_worker import codec
+from lambda_worker.errors import IntegrityError
+
+SECRET = b"s" * 32
+NAME = "0/prefix/run/label"
+
+
+def roundtrip(value):
+    return codec.loads(codec.dumps(value, SECRET, NAME), SECRET, NAME)
+
+
+def assert_same(got, expected):
+    """Equal, with equal types all the way down, NaN equal to itself."""
+    assert type(got) is type(expected)
+    if isinstance(expected, np.ndarray):
+        assert got.dtype == expected.dtype
+        assert got.shape == expected.shape
+        np.testing.assert_array_equal(got, expected)
+    elif isinstance(expected, (list, tuple)):
+        assert len(got) == len(expected)
+        for a, b in zip(got, expected, strict=True):
+            assert_same(a, b)
+    elif isinstance(expected, dict):
+        assert list(got) == list(expected)
+        for key in expected:
+            assert_same(got[key], expected[key])
+    else:
+        assert got == expected or got != got
+
+
+DTYPES = st.one_of(
+    hnp.boolean_dtypes(),
+    hnp.integer_dtypes(),  # of either byte order
+    hnp.unsigned_integer_dtypes(),
+    hnp.floating_dtypes(sizes=(16, 32, 64)),
+    hnp.complex_number_dtypes(sizes=(64, 128)),
+    hnp.datetime64_dtypes(endianness="="),  # pickle itself forgets the other
+    hnp.timedelta64_dtypes(endianness="="),
+    hnp.byte_string_dtypes(max_len=5),
+    hnp.unicode_string_dtypes(max_len=5),
+    st.just(np.dtype([("a", "<i4"), ("b", "f8", (2,))])),
+    st.just(np.dtype(object)),
+)
+
+
+@st.composite
+def arrays(draw):
+    """Arrays small and large, in C and Fortran order, strided, reversed, read-only."""
+    dtype = draw(DTYPES)
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+    if dtype.hasobject:
+        array = np.empty(shape, object)
+        array.fill(draw(st.sampled_from([None, "text", (1, 2)])))
+    elif dtype.names:
+        array = np.zeros(shape, dtype)
+        array["a"] = draw(st.integers(-5, 5))
+    else:
+        array = draw(hnp.arrays(dtype, shape))
+    if draw(st.booleans()):
+        array = np.tile(
+            array, (draw(st.sampled_from([1, 3, 700])),) + (1,) * max(0, array.ndim - 1)
+        )
+    how = draw(st.sampled_from(["C", "F", "strided", "reversed", "read-only"]))
+    if how == "F":
+        array = np.asfortranarray(array)
+    elif how == "strided" and array.ndim:
+        array = array[::2]
+    elif how == "reversed" and array.ndim:
+        array = array[::-1]
+    elif how == "read-only":
+        array.flags.writeable = False
+    return array
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=20),
+        st.binary(max_size=20),
+        st.binary(min_size=1, max_size=3).map(lambda b: b * 1500),
+        st.binary(min_size=1, max_size=3).map(lambda b: bytearray(b * 1500)),
+        arrays(),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.tuples(inner, inner),
+        st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(VALUES)
+def test_any_value_comes_back_as_it_was(value):
+    sealed = codec.dumps(value, SECRET, NAME)
+    assert_same(codec.loads(sealed, SECRET, NAME), value)
+    assert_same(codec.loads(bytes(sealed), SECRET, NAME), value)
+
+
+# -- zero-copy and layout ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_loaded_array_is_a_view_of_the_sealed_bytes(order):
+    array = np.asarray(np.arange(6000.0).reshape(60, 100), order=order)
+    sealed = codec.dumps({"x": array}, SECRET, NAME)
+    loaded = codec.loads(sealed, SECRET, NAME)["x"]
+    assert np.shares_memory(loaded, np.frombuffer(sealed, np.uint8))
+    assert loaded.flags.f_contiguous == array.flags.f_contiguous
+    np.testing.assert_array_equal(loaded, array)
+
+
+def test_serialising_a_large_array_does_not_copy_it():
+    array = np.arange(100_000)
+    _, frame = codec.serialize(array)
+    assert np.shares_memory(np.frombuffer(frame, np.uint8), array)
+
+
+def test_a_read_only_array_is_a_view_even_of_read_only_bytes():
+    array = np.arange(1000.0)
+    array.flags.writeable = False
+    sealed = bytes(codec.dumps(array, SECRET, NAME))
+    assert np.shares_memory(codec.loads(sealed, SECRET, NAME), np.frombuffer(sealed, np.uint8))
+
+
+@pytest.mark.parametrize("container", [bytes, bytearray])
+@pytest.mark.parametrize("writable", [True, False])
+def test_an_array_may_be_written_to_exactly_if_it_could_be_before(container, writable):
+    array = np.arange(1000.0)
+    array.flags.writeable = writable
+    sealed = container(codec.dumps(array, SECRET, NAME))
+    assert codec.loads(sealed, SECRET, NAME).flags.writeable == writable
+
+
+def test_writing_to_an_array_that_came_from_read_only_bytes_does_not_change_them():
+    sealed = bytes(codec.dumps(np.zeros(1000), SECRET, NAME))
+    codec.loads(sealed, SECRET, NAME)[:] = 1
+    np.testing.assert_array_equal(codec.loads(sealed, SECRET, NAME), np.zeros(1000))
+
+
+def test_every_frame_begins_at_a_multiple_of_64_bytes():
+    arrays = [np.full(1024 + 13 * i, i, np.uint8) for i in range(9)]
+    sealed = codec.dumps(arrays, SECRET, NAME)
+    start = np.frombuffer(sealed, np.uint8).__array_interface__["data"][0]
+    frames = codec.unseal(sealed, SECRET, NAME)
+    assert len(frames) == 10
+    for frame in frames:
+        at = np.frombuffer(frame, np.uint8).__array_interface__["data"][0]
+        assert (at - start) % 64 == 0
+
+
+def test_small_buffers_stay_in_the_pickle_stream_and_large_ones_leave_it():
+    small, large = np.zeros(1023, np.uint8), np.zeros(1024, np.uint8)
+    assert len(codec.serialize([small, small])) == 1
+    assert len(codec.serialize([small, large])) == 2
+
+
+def test_frames_keep_their_order():
+    values = [np.full(2000, i, np.uint8) for i in range(20)]
+    for i, loaded in enumerate(roundtrip(values)):
+        np.testing.assert_array_equal(loaded, np.full(2000, i, np.uint8))
+
+
+def test_an_array_that_occurs_twice_is_stored_once_and_stays_one():
+    array = np.zeros(10_000)
+    sealed = codec.dumps([array, array], SECRET, NAME)
+    assert len(sealed) < 1.5 * array.nbytes
+    a, b = codec.loads(sealed, SECRET, NAME)
+    assert a is b
+
+
+class Strided:
+    """Hands out a buffer that is not contiguous."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __reduce_ex__(self, protocol):
+        return Strided, (pickle.PickleBuffer(self.array),)
+
+
+def test_a_buffer_that_is_not_contiguous_is_refused_by_pickle_and_not_silently_flattened():
+    with pytest.raises(pickle.PicklingError):
+        codec.serialize(Strided(np.arange(4000)[::2]))
+
+
+def test_a_masked_array_and_a_memory_map_come_back(tmp_path):
+    masked = np.ma.masked_greater(np.arange(2000), 1000)
+    loaded = roundtrip(masked)
+    np.testing.assert_array_equal(loaded.mask, masked.mask)
+    np.testing.assert_array_equal(loaded.data, masked.data)
+    mapped = np.memmap(tmp_path / "map", np.int64, "w+", shape=(500,))
+    mapped[:] = 7
+    np.testing.assert_array_equal(roundtrip(mapped), np.full(500, 7))
+
+
+def test_data_frames_and_arrow_tables_come_back_without_a_copy_of_their_columns():
+    frame = pd.DataFrame({"x": np.arange(2000.0), "name": ["a", "b"] * 1000})
+    pd.testing.assert_frame_equal(roundtrip(frame), frame)
+    table = pa.table({"x": np.arange(2000.0), "name": ["a", "b"] * 1000})
+    sealed = codec.dumps(table, SECRET, NAME)
+    loaded = codec.loads(sealed, SECRET, NAME)
+    assert loaded.equals(table)
+    column = loaded["x"].chunk(0).to_numpy()
+    assert np.shares_memory(column, np.frombuffer(sealed, np.uint8))
+
+
+def test_functions_and_classes_of_a_script_travel_by_value(tmp_path):
+    root = Path(codec.__file__).parents[1]
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from lambda_worker import codec\n"
+        "class Point:\n"
+        "    def __init__(self, x): self.x = x\n"
+        "def double(p): return Point(2 * p.x)\n"
+        "sealed = codec.dumps((double, Point(21)), b's' * 32, 'n')\n"
+        "sys.stdout.buffer.write(sealed)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    made = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, check=True
+    )
+    double, point = codec.loads(made.stdout, b"s" * 32, "n")
+    assert double(point).x == 42
+
+
+# -- what is not ours is not unpickled -----------------------------------------------------------
+
+
+class Trap:
+    """Its unpickling leaves a trace."""
+
+    sprung = False
+
+    def __reduce__(self):
+        return _spring, ()
+
+
+def _spring():
+    Trap.sprung = True
+
+
+@pytest.fixture
+def trap():
+    """A sealed value that must not be unpickled; checks that it was not."""
+    Trap.sprung = False
+    pickled = [memoryview(pickle.dumps(Trap(), protocol=5)), memoryview(bytes(2000))]
+    yield codec.seal(pickled, SECRET, NAME)
+    assert not Trap.sprung
+
+
+def test_the_trap_works():
+    Trap.sprung = False
+    pickle.loads(pickle.dumps(Trap()))
+    assert Trap.sprung
+
+
+def refused(sealed, secret=SECRET, name=NAME):
+    with pytest.raises(IntegrityError) as info:
+        codec.loads(sealed, secret, name)
+    return str(info.value)
+
+
+def test_a_flipped_bit_anywhere_is_noticed(trap):
+    for place in [*range(0, len(trap), 37), len(trap) - 1]:
+        changed = bytearray(trap)
+        changed[place] ^= 0x10
+        refused(changed)
+
+
+def test_a_truncated_or_prolonged_object_is_noticed(trap):
+    for size in (0, 1, 31, 32, 39, 40, 100, len(trap) - 1):
+        message = refused(trap[:size])
+        assert NAME in message
+    refused(trap + b"\0")
+
+
+def test_an_object_under_another_name_is_refused(trap):
+    assert "0/prefix/run/other" in refused(trap, name="0/prefix/run/other")
+
+
+def test_an_object_of_another_run_is_refused(trap):
+    refused(trap, secret=b"t" * 32)
+
+
+def test_an_unsealed_pickle_is_refused(trap):
+    refused(pickle.dumps(Trap()))
+    refused(bytes(32) + trap[32:])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused(data):
+    refused(data)
+
+
+def test_the_message_says_that_nothing_was_loaded(trap):
+    trap[-1] ^= 1
+    assert "not loaded" in refused(trap)
+    assert str(len(trap)) in refused(trap)
+
+
+def test_a_valid_tag_over_another_format_is_refused():
+    sealed = codec.seal([memoryview(pickle.dumps(1))], SECRET, NAME)
+    sealed[32:36] = b"DLv9"
+    body = memoryview(sealed)[32:]
+    sealed[:32] = codec._tag(body, SECRET, NAME)
+    assert "DLv9" in refused(sealed)
+
+
+def test_two_seals_of_one_value_under_two_names_differ_in_their_tag_only():
+    a, b = codec.dumps([1, 2], SECRET, "a"), codec.dumps([1, 2], SECRET, "b")
+    assert a[:32] != b[:32]
+    assert a[32:] == b[32:]

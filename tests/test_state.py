@@ -1,0 +1,966 @@
+"""The engine's decisions as lists of events: no AWS, no clock, no threads."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dask_lambda.plan import Group
+from dask_lambda.state import (
+    Event,
+    Failure,
+    FailureKind,
+    GroupsAdded,
+    Instruction,
+    InvocationEnded,
+    Invoke,
+    Policy,
+    Release,
+    RunCancelled,
+    RunDrained,
+    RunEnded,
+    State,
+    TimePassed,
+    Wake,
+    WindowChanged,
+)
+
+TASK, DEATH, TRANSIENT, THROTTLED, FATAL = (
+    Failure(FailureKind.TASK),
+    Failure(FailureKind.DEATH),
+    Failure(FailureKind.TRANSIENT),
+    Failure(FailureKind.THROTTLED),
+    Failure(FailureKind.FATAL),
+)
+DONE = None
+
+
+def group(outputs: str, inputs: str = "", *, priority: int = 0, retries: int = 0) -> Group:
+    """``group("a b", "c")`` makes a and b from c."""
+    keys = tuple(outputs.split())
+    return Group(keys, tuple(inputs.split()), keys, priority, retries)
+
+
+class Script:
+    """A machine that is told events by hand, checked after each, at a time that is set by hand."""
+
+    def __init__(self, window: int = 100, policy: Policy | None = None, seed: int = 0):
+        self.state = State(window, policy, seed)
+        self.now = 0.0
+        self.flying: dict[int, Invoke] = {}
+        self.timers: list[float] = []
+        self.out: list[Instruction] = []
+
+    def tell(self, event: Event) -> list[Instruction]:
+        self.out = self.state.handle(event, self.now)
+        self.state.validate()
+        for instruction in self.out:
+            if isinstance(instruction, Invoke):
+                self.flying[instruction.invocation] = instruction
+            elif isinstance(instruction, Wake):
+                self.timers.append(instruction.at)
+        return self.out
+
+    def add(self, run: str, *groups: Group, keep: Iterable[str] = (), last: bool = True) -> None:
+        self.tell(GroupsAdded(run, groups, frozenset(keep), last))
+
+    def end(self, key: str, outcome: Failure | None = DONE, run: str = "r") -> None:
+        """End the invocation in flight that makes a key."""
+        invocation = next(
+            i
+            for i, invoke in self.flying.items()
+            if invoke.run == run and key in invoke.groups[0].outputs
+        )
+        del self.flying[invocation]
+        self.tell(InvocationEnded(invocation, (outcome,)))
+
+    def wake(self) -> None:
+        """Let the time of the earliest timer come."""
+        at = min(self.timers)
+        self.timers.remove(at)
+        self.now = max(self.now, at)
+        self.tell(TimePassed(at))
+
+    def wake_until_flying(self, key: str) -> None:
+        while key not in self.in_flight():
+            self.wake()
+
+    def in_flight(self) -> list[str]:
+        return [key for i in self.flying.values() for g in i.groups for key in g.outputs]
+
+    def said(self, kind: type) -> list[Any]:
+        return [instruction for instruction in self.out if isinstance(instruction, kind)]
+
+    def released(self) -> set[Any]:
+        return {key for release in self.said(Release) for key in release.keys}
+
+    def ended(self) -> list[RunEnded]:
+        return self.said(RunEnded)
+
+    def drained(self) -> list[str]:
+        return [drained.run for drained in self.said(RunDrained)]
+
+
+# -- order ---------------------------------------------------------------------------------------
+
+
+def test_groups_without_inputs_start_at_once_in_the_order_of_their_priority():
+    script = Script()
+    script.add("r", group("a", priority=2), group("b", priority=0), group("c", priority=1))
+    assert script.in_flight() == ["b", "c", "a"]
+
+
+def test_a_group_starts_when_the_last_of_its_inputs_is_there():
+    script = Script()
+    script.add("r", group("a"), group("b"), group("c", "a b"))
+    script.end("b")
+    assert script.in_flight() == ["a"]
+    script.end("a")
+    assert script.in_flight() == ["c"]
+
+
+def test_a_sooner_priority_that_becomes_ready_later_overtakes_what_waits():
+    script = Script(window=1)
+    script.add("r", group("a"), group("late", priority=9), group("soon", "a", priority=1))
+    script.end("a")
+    assert script.in_flight() == ["soon"]
+
+
+def test_equal_priorities_start_in_the_order_in_which_they_became_ready():
+    script = Script(window=1)
+    script.add("r", *(group(key) for key in "abcd"))
+    order = []
+    while script.flying:
+        order += script.in_flight()
+        script.end(order[-1])
+    assert order == list("abcd")
+
+
+def test_an_invocation_has_a_number_of_its_own_and_tells_how_often_it_was_tried():
+    script = Script()
+    script.add("r", group("a", retries=2), group("b"))
+    first, _ = script.said(Invoke)
+    script.end("a", TASK)
+    script.wake_until_flying("a")
+    (second,) = script.said(Invoke)
+    assert (first.tries, second.tries) == (0, 1)
+    assert second.invocation != first.invocation
+    assert second.groups == first.groups
+
+
+def test_an_empty_run_ends_at_once_and_leaves_nothing():
+    script = Script()
+    script.add("r")
+    assert script.out == [RunEnded("r", None), RunDrained("r")]
+    assert list(script.state.runs) == []
+
+
+def test_a_run_ends_with_its_last_group_and_is_forgotten():
+    script = Script()
+    script.add("r", group("a"), group("b", "a"), keep="b")
+    script.end("a")
+    assert not script.ended()
+    script.end("b")
+    assert script.out == [Release("r", ("a",)), RunEnded("r", None), RunDrained("r")]
+    assert list(script.state.runs) == []
+    assert not script.state.in_flight
+
+
+# -- the window ----------------------------------------------------------------------------------
+
+
+def test_no_more_are_in_flight_than_the_window_allows():
+    script = Script(window=2)
+    script.add("r", *(group(key) for key in "abc"))
+    assert script.in_flight() == ["a", "b"]
+    script.end("a")
+    assert script.in_flight() == ["b", "c"]
+
+
+def test_the_window_is_one_for_all_runs():
+    script = Script(window=2)
+    script.add("r", group("a"))
+    script.add("s", group("b"), group("c"))
+    assert script.in_flight() == ["a", "b"]
+
+
+def test_runs_take_turns_however_many_groups_each_has():
+    script = Script(window=1)
+    script.add("r", *(group(f"r{i}") for i in range(6)))
+    script.add("s", *(group(f"s{i}") for i in range(2)))
+    order = []
+    while script.flying:
+        invoke = next(iter(script.flying.values()))
+        order.append(invoke.run)
+        script.end(invoke.groups[0].outputs[0], run=invoke.run)
+    assert "".join(order) == "rrsrsrrr"  # s comes while the second of r is next in turn
+
+
+def test_a_wider_window_takes_effect_at_once():
+    script = Script(window=1)
+    script.add("r", *(group(key) for key in "abc"))
+    script.tell(WindowChanged(3))
+    assert script.in_flight() == ["a", "b", "c"]
+
+
+def test_a_narrower_window_lets_what_is_in_flight_end_and_starts_nothing_above_it():
+    script = Script(window=3)
+    script.add("r", *(group(key) for key in "abcde"))
+    script.tell(WindowChanged(1))
+    script.end("a")
+    script.end("b")
+    assert script.in_flight() == ["c"]
+    script.end("c")
+    assert script.in_flight() == ["d"]
+
+
+# -- release -------------------------------------------------------------------------------------
+
+
+def test_a_value_is_released_when_its_last_reader_is_done_and_not_before():
+    script = Script()
+    script.add("r", group("a"), group("b", "a"), group("c", "a"), keep="bc")
+    script.end("a")
+    script.end("c")
+    assert script.released() == set()
+    script.end("b")
+    assert script.released() == {"a"}
+
+
+def test_a_value_that_is_to_be_kept_is_never_released():
+    script = Script()
+    script.add("r", group("a"), group("b", "a"), keep="ab")
+    script.end("a")
+    assert script.released() == set()
+    script.end("b")
+    assert script.released() == set()
+
+
+def test_a_value_that_nobody_reads_is_released_when_it_is_there():
+    script = Script()
+    script.add("r", group("a"), group("b"), keep="b")
+    script.end("a")
+    assert script.released() == {"a"}
+
+
+def test_a_reader_that_failed_and_is_tried_again_still_needs_its_inputs():
+    script = Script()
+    script.add("r", group("a"), group("b", "a", retries=1), keep="b")
+    script.end("a")
+    script.end("b", TASK)
+    assert script.released() == set()
+    script.wake_until_flying("b")
+    script.end("b")
+    assert script.released() == {"a"}
+
+
+def test_the_outputs_of_one_group_are_released_each_at_its_own_time():
+    script = Script()
+    script.add("r", group("a b c"), group("d", "a"), group("e", "b d"), keep="e")
+    script.end("a")
+    assert script.released() == {"c"}
+    script.end("d")
+    assert script.released() == {"a"}
+    script.end("e")
+    assert script.released() == {"b", "d"}
+
+
+def test_a_group_with_several_outputs_makes_the_readers_of_each_ready():
+    script = Script()
+    script.add("r", group("a b"), group("c", "a"), group("d", "b"), group("e", "a b"))
+    script.end("a")
+    assert sorted(script.in_flight()) == ["c", "d", "e"]
+
+
+def test_a_run_that_fails_releases_nothing_more():
+    script = Script()
+    script.add("r", group("a"), group("b", "a"), group("c", "a"), keep="bc")
+    script.end("a")
+    script.end("b", FATAL)
+    script.end("c")
+    assert script.released() == set()
+
+
+# -- failures ------------------------------------------------------------------------------------
+
+
+def fail_until_ended(script: Script, failure: Failure, groups: Group) -> int:
+    """Let one group fail in the same way till its run ends; how often it was started."""
+    script.add("r", groups)
+    started = 1
+    while True:
+        script.end("a", failure)
+        if script.ended():
+            return started
+        script.wake_until_flying("a")
+        started += 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "retries", "starts"),
+    [
+        (TASK, 0, 1),
+        (TASK, 1, 2),
+        (TASK, 3, 4),
+        (DEATH, 0, 1 + Policy().deaths),
+        (DEATH, 2, 1 + Policy().deaths + 2),
+        (TRANSIENT, 0, Policy().transient_tries),
+        (TRANSIENT, 5, Policy().transient_tries),
+        (FATAL, 0, 1),
+        (FATAL, 5, 1),
+    ],
+)
+def test_how_often_a_group_is_started_depends_on_why_it_failed(failure, retries, starts):
+    script = Script()
+    it = group("a", retries=retries)
+    assert fail_until_ended(script, failure, it) == starts
+    assert script.ended() == [RunEnded("r", failure, it)]
+    assert script.drained() == ["r"]
+
+
+def test_each_kind_of_failure_is_counted_by_itself():
+    script = Script(policy=Policy(deaths=1, transient_tries=2))
+    script.add("r", group("a", retries=1))
+    for failure in (TASK, DEATH, TRANSIENT, DEATH):
+        script.end("a", failure)
+        assert not script.ended(), failure
+        script.wake_until_flying("a")
+    script.end("a", TRANSIENT)
+    assert script.ended()
+
+
+def test_one_groups_failures_are_not_held_against_another():
+    script = Script()
+    script.add("r", *(group(key, retries=1) for key in "abcd"))
+    for key in "abcd":
+        script.end(key, TASK)
+    assert not script.ended()
+
+
+def test_the_failure_that_ends_a_run_is_the_last_one_with_its_detail():
+    script = Script()
+    script.add("r", group("a", retries=1))
+    script.end("a", Failure(FailureKind.TASK, "first"))
+    script.wake_until_flying("a")
+    script.end("a", Failure(FailureKind.TASK, "second"))
+    assert script.ended()[0].failure.detail == "second"
+
+
+def delays(kind: Failure, times: int, policy: Policy, seed: int = 0) -> list[float]:
+    """How long a group waits after each failure of a row."""
+    script = Script(policy=policy, seed=seed)
+    script.add("r", group("a", retries=times))
+    waits = []
+    for _ in range(times):
+        script.end("a", kind)
+        failed_at = script.now
+        script.wake_until_flying("a")
+        waits.append(script.now - failed_at)
+    return waits
+
+
+def test_retries_wait_at_most_twice_as_long_each_time_up_to_a_bound():
+    policy = Policy(backoff=0.5, max_backoff=6.0)
+    bounds = [0.5, 1.0, 2.0, 4.0, 6.0, 6.0]
+    longest = [0.0] * len(bounds)
+    for seed in range(200):
+        waits = delays(TASK, len(bounds), policy, seed)
+        assert all(0 <= wait <= bound for wait, bound in zip(waits, bounds, strict=True))
+        longest = [max(pair) for pair in zip(longest, waits, strict=True)]
+    assert all(most > 0.9 * bound for most, bound in zip(longest, bounds, strict=True))
+
+
+def test_the_jitter_follows_from_the_seed():
+    assert delays(TASK, 5, Policy(), seed=1) == delays(TASK, 5, Policy(), seed=1)
+    assert delays(TASK, 5, Policy(), seed=1) != delays(TASK, 5, Policy(), seed=2)
+
+
+def test_a_group_may_be_throttled_thousands_of_times_if_others_get_done_meanwhile():
+    script = Script(window=2, policy=Policy(throttle_patience=1e9))
+    script.add("r", group("a"))
+    for _ in range(1500):  # 2.0**1024 is more than a float holds
+        script.end("a", THROTTLED)
+        script.wake_until_flying("a")
+    script.end("a")
+    assert script.ended() == [RunEnded("r", None)]
+
+
+def test_a_delayed_group_is_started_at_its_time_and_not_before():
+    script = Script()
+    script.add("r", group("a", retries=1))
+    script.end("a", TASK)
+    (wake,) = script.said(Wake)
+    script.now = wake.at - 1e-6
+    script.tell(WindowChanged(100))
+    assert script.in_flight() == []
+    script.wake()
+    assert script.now == wake.at
+    assert script.in_flight() == ["a"]
+
+
+def test_a_timer_that_fires_a_little_early_is_asked_for_again():
+    script = Script()
+    script.add("r", group("a", retries=1))
+    script.end("a", TASK)
+    (wake,) = script.said(Wake)
+    script.now = wake.at - 1e-9
+    script.tell(TimePassed(wake.at))
+    assert script.out == [Wake(wake.at)]
+
+
+def test_the_timers_of_a_long_throttle_do_not_multiply():
+    script = Script(window=50, policy=Policy(throttle_patience=1e9), seed=5)
+    script.add("r", *(group(f"g{i}") for i in range(50)))
+    for _ in range(2000):
+        while script.flying:
+            script.end(script.in_flight()[0], THROTTLED)
+        script.wake()
+    # A timer may be overtaken by an earlier one, but it must not beget another of its own.
+    assert len(script.timers) < 100
+    assert len(set(script.timers)) > 0.5 * len(script.timers)
+
+
+# -- throttling ----------------------------------------------------------------------------------
+
+
+def flood(script: Script, count: int) -> None:
+    script.add("r", *(group(f"g{i}") for i in range(count)))
+
+
+def test_a_throttle_shrinks_the_limit_by_a_factor():
+    script = Script(window=100)
+    flood(script, 300)
+    script.end("g0", THROTTLED)
+    assert script.state.limit == pytest.approx(70)
+    assert len(script.flying) == 99  # what is in flight stays
+
+
+def test_nothing_is_started_while_more_are_in_flight_than_the_limit():
+    script = Script(window=100)
+    flood(script, 300)
+    script.end("g0", THROTTLED)
+    for i in range(1, 29):
+        script.end(f"g{i}")
+    assert len(script.flying) == 71
+    for i in range(29, 40):
+        script.end(f"g{i}")
+    assert len(script.flying) == int(script.state.limit) == 70
+
+
+def test_a_burst_of_throttles_shrinks_the_limit_once_an_interval():
+    script = Script(window=100, policy=Policy(decrease=0.5, decrease_interval=1.0))
+    flood(script, 100)
+    for i in range(20):
+        script.end(f"g{i}", THROTTLED)
+    assert script.state.limit == pytest.approx(50)
+    script.now += 0.999
+    script.end("g20", THROTTLED)
+    assert script.state.limit == pytest.approx(50)
+    script.now += 0.002
+    script.end("g21", THROTTLED)
+    assert script.state.limit == pytest.approx(25)
+
+
+def test_the_limit_shrinks_from_what_was_in_flight_if_that_is_less():
+    script = Script(window=1000)
+    flood(script, 10)
+    script.end("g0", THROTTLED)
+    assert script.state.limit == pytest.approx(7)
+
+
+def test_the_limit_never_falls_below_one():
+    script = Script(window=4)
+    flood(script, 4)
+    for _ in range(30):
+        script.end(script.in_flight()[0], THROTTLED)
+        script.now += 2
+        while not script.flying:
+            script.wake()
+    assert script.state.limit == 1.0
+    assert len(script.flying) == 1
+
+
+def test_the_limit_grows_by_about_one_for_each_limits_worth_of_successes():
+    script = Script(window=20)
+    flood(script, 500)
+    script.end("g0", THROTTLED)
+    before = script.state.limit
+    for _ in range(int(before)):
+        script.end(script.in_flight()[0])
+    assert before + 0.9 < script.state.limit < before + 1.1
+    while len(script.flying) < 20:
+        script.end(script.in_flight()[0])
+    for _ in range(100):
+        script.end(script.in_flight()[0])
+    assert script.state.limit == 20  # never above the window
+
+
+def test_throttles_end_a_run_when_nothing_got_done_for_as_long_as_the_patience():
+    script = Script(policy=Policy(throttle_patience=60))
+    script.add("r", group("a"))
+    script.end("a", THROTTLED)
+    first = script.now
+    while not script.ended():
+        script.wake_until_flying("a")
+        script.end("a", THROTTLED)
+        assert script.now < first + 60 + Policy().max_backoff
+    assert script.now >= first + 60
+    assert script.ended()[0].failure is THROTTLED
+
+
+def test_a_success_renews_the_patience():
+    script = Script(window=2, policy=Policy(throttle_patience=60))
+    script.add("r", *(group(f"g{i}", priority=i) for i in range(50)))
+    throttled = "g49"
+    for i in range(48):
+        script.now += 10
+        script.end(f"g{i}")
+        if throttled in script.in_flight():
+            script.end(throttled, THROTTLED)
+        assert not script.ended()
+    assert script.now > 400
+
+
+def test_the_first_throttle_after_a_long_invocation_does_not_end_the_run():
+    script = Script(policy=Policy(throttle_patience=60))
+    script.add("r", group("long"), group("b", "long"))
+    script.now = 800.0  # nothing got done meanwhile, but nothing was throttled either
+    script.add("s", group("c"))
+    script.end("c", THROTTLED, run="s")
+    assert not script.ended()
+
+
+# -- runs that end early -------------------------------------------------------------------------
+
+
+def test_a_cancelled_run_starts_nothing_more_and_is_forgotten_when_it_is_drained():
+    script = Script(window=2)
+    script.add("r", *(group(key) for key in "abcd"))
+    script.tell(RunCancelled("r"))
+    assert script.out == []
+    script.end("a")
+    assert script.out == []
+    script.end("b", TASK)
+    assert script.out == [RunDrained("r")]
+    assert list(script.state.runs) == []
+
+
+def test_a_cancelled_run_with_nothing_in_flight_is_drained_at_once():
+    script = Script()
+    script.add("r", group("a"), last=False)
+    script.end("a")
+    script.tell(RunCancelled("r"))
+    assert script.out == [RunDrained("r")]
+
+
+def test_cancelling_twice_or_after_the_end_does_nothing():
+    script = Script()
+    script.add("r", group("a"), group("b"))
+    script.tell(RunCancelled("r"))
+    script.tell(RunCancelled("r"))
+    assert script.out == []
+    script.tell(RunCancelled("never heard of"))
+    assert script.out == []
+
+
+def test_a_failed_run_tells_so_at_once_and_is_drained_later():
+    script = Script()
+    script.add("r", group("a"), group("b"))
+    script.end("a", FATAL)
+    assert [type(instruction) for instruction in script.out] == [RunEnded]
+    script.end("b")
+    assert script.out == [RunDrained("r")]
+
+
+def test_a_run_fails_once_however_many_of_its_groups_do():
+    script = Script()
+    script.add("r", group("a"), group("b"), group("c"))
+    ended = []
+    for key in "abc":
+        script.end(key, FATAL)
+        ended += script.ended()
+    assert [end.group.outputs for end in ended] == [("a",)]
+
+
+def test_delayed_groups_of_an_ended_run_are_not_started():
+    script = Script()
+    script.add("r", group("a", retries=5), group("b"))
+    script.end("a", TASK)
+    script.end("b", FATAL)
+    assert script.drained() == ["r"]
+    while script.timers:
+        script.wake()
+    assert script.in_flight() == []
+
+
+def test_the_slots_of_a_cancelled_run_go_to_the_others():
+    script = Script(window=2)
+    script.add("r", *(group(key) for key in "abcd"))
+    script.add("s", group("e"), group("f"))
+    script.tell(RunCancelled("r"))
+    script.end("a")
+    script.end("b")
+    assert script.in_flight() == ["e", "f"]
+
+
+def test_one_run_fails_and_the_other_is_not_touched():
+    script = Script()
+    script.add("r", group("a"))
+    script.add("s", group("a"), group("b", "a"), keep="b")
+    script.end("a", FATAL, run="r")
+    script.end("a", run="s")
+    script.end("b", run="s")
+    assert script.ended() == [RunEnded("s", None)]
+
+
+def test_late_successes_of_an_ended_run_still_count_as_movement():
+    script = Script(window=10, policy=Policy(throttle_patience=60, decrease=1.0))
+    script.add("r", group("a"))
+    script.add("s", group("b"))
+    script.end("b", THROTTLED, run="s")
+    script.tell(RunCancelled("r"))
+    script.wake_until_flying("b")
+    script.now = 50.0
+    script.end("a")
+    script.now = 100.0
+    script.end("b", THROTTLED, run="s")
+    assert not script.ended()
+
+
+# -- groups that are added later -----------------------------------------------------------------
+
+
+def test_an_open_run_does_not_end_when_all_its_groups_are_done():
+    script = Script()
+    script.add("r", group("a"), last=False)
+    script.end("a")
+    assert script.out == []
+    script.add("r")
+    assert RunEnded("r", None) in script.out
+
+
+def test_groups_that_are_added_later_read_what_earlier_ones_have_made():
+    script = Script()
+    script.add("r", group("a"), last=False)
+    script.end("a")
+    script.add("r", group("b", "a"), last=False)
+    assert script.in_flight() == ["b"]
+    script.end("b")
+    script.add("r", group("c", "a b"), keep="c")
+    script.end("c")
+    assert script.released() == {"a", "b"}
+    assert script.ended()
+
+
+def test_groups_that_are_added_later_wait_for_what_earlier_ones_are_still_making():
+    script = Script()
+    script.add("r", group("a"), last=False)
+    script.add("r", group("b", "a"))
+    assert script.in_flight() == ["a"]
+    script.end("a")
+    assert script.in_flight() == ["b"]
+
+
+def test_nothing_is_released_while_more_groups_may_come_that_read_it():
+    script = Script()
+    script.add("r", group("a"), group("b", "a"), last=False)
+    script.end("a")
+    script.end("b")
+    assert script.released() == set()
+
+
+def test_what_nobody_reads_is_released_when_no_more_groups_can_come():
+    script = Script()
+    script.add("r", group("a"), group("b", "a"), group("slow"), last=False)
+    script.end("a")
+    script.end("b")
+    script.add("r", group("c", "b"), keep="c")
+    assert script.released() == {"a"}
+
+
+def test_a_later_event_may_ask_to_keep_what_an_earlier_one_added():
+    script = Script()
+    script.add("r", group("a"), group("b", "a"), last=False)
+    script.end("a")
+    script.add("r", keep="ab")
+    script.end("b")
+    assert script.released() == set()
+    assert script.ended()
+
+
+def test_groups_for_a_run_that_has_failed_are_ignored():
+    script = Script()
+    script.add("r", group("a"), group("b"), last=False)
+    script.end("a", FATAL)
+    script.add("r", group("c"))
+    assert script.out == []
+    assert script.in_flight() == ["b"]
+
+
+# -- anything goes -------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """What must hold for one run, told by the test and not by the machine."""
+
+    name: str
+    batches: list[list[Group]]  # to be added, in this order
+    keep: frozenset[str]
+    added: list[Group] = field(default_factory=list)
+    available: set[str] = field(default_factory=set)
+    released: set[str] = field(default_factory=set)
+    done: set[Group] = field(default_factory=set)
+    flying: set[Group] = field(default_factory=set)
+    delayed: dict[Group, float] = field(default_factory=dict)  # until then at the latest
+    failures: dict[Group, Counter] = field(default_factory=lambda: defaultdict(Counter))
+    starts: Counter = field(default_factory=Counter)
+    opened: bool = False
+    last: bool = False
+    outcome: str = ""  # "done", "failed", "cancelled"
+    drained: bool = False
+
+    def readers(self, key: str) -> list[Group]:
+        return [g for g in self.added if key in g.inputs and g not in self.done]
+
+
+@st.composite
+def models(draw, name: str) -> Model:
+    count = draw(st.integers(0, 9))
+    priorities = draw(st.permutations(range(count)))
+    groups: list[Group] = []
+    keys: list[str] = []
+    for i in range(count):
+        inputs = draw(st.lists(st.sampled_from(keys), unique=True, max_size=4)) if keys else []
+        outputs = [f"{i}{letter}" for letter in "xyz"[: draw(st.integers(1, 3))]]
+        groups.append(
+            Group(
+                tuple(f"{key}-task" for key in outputs),
+                tuple(inputs),
+                tuple(outputs),
+                priorities[i],
+                draw(st.integers(0, 2)),
+            )
+        )
+        keys += outputs
+    cuts = sorted(draw(st.lists(st.integers(0, count), max_size=2)))
+    bounds = [0, *cuts, count]
+    batches = [groups[a:b] for a, b in itertools.pairwise(bounds)]
+    for batch in batches:  # within one event any order will do
+        batch[:] = draw(st.permutations(batch))
+    keep = draw(st.frozensets(st.sampled_from(keys))) if keys else frozenset()
+    return Model(name, batches, keep)
+
+
+OUTCOMES = [DONE] * 6 + [TASK, DEATH, TRANSIENT, THROTTLED, FATAL]
+POLICY = Policy(deaths=1, transient_tries=3, backoff=0.5, max_backoff=4.0, throttle_patience=1e9)
+
+
+class Play:
+    """Drives the machine with whatever hypothesis chooses and checks all that is known."""
+
+    def __init__(self, runs: list[Model], window: int, seed: int):
+        self.state = State(window, POLICY, seed)
+        self.window = window
+        self.runs = {run.name: run for run in runs}
+        self.now = 0.0
+        self.flying: dict[int, Invoke] = {}
+        self.answered: set[int] = set()
+        self.timers: list[float] = []
+        self.expected_failure: tuple[str, Group, Failure] | None = None
+
+    def handle(self, event: Event) -> None:
+        room = len(self.flying)
+        seen_end = {run.name for run in self.runs.values() if run.outcome}
+        for instruction in self.state.handle(event, self.now):
+            match instruction:
+                case Invoke(invocation, name, groups, tries):
+                    run, (it,) = self.runs[name], groups
+                    assert not run.outcome, "nothing is started for an ended run"
+                    assert invocation not in self.flying
+                    assert invocation not in self.answered
+                    assert it in run.added
+                    assert it not in run.done
+                    assert it not in run.flying
+                    assert set(it.inputs) <= run.available - run.released
+                    assert tries == run.starts[it]
+                    run.starts[it] += 1
+                    run.flying.add(it)
+                    run.delayed.pop(it, None)
+                    self.flying[invocation] = instruction
+                    room += 1
+                    assert room <= self.window
+                case Release(name, keys):
+                    run = self.runs[name]
+                    assert run.last
+                    assert name not in seen_end
+                    for key in keys:
+                        assert key in run.available - run.released
+                        assert key not in run.keep
+                        assert not run.readers(key)
+                        run.released.add(key)
+                case RunEnded(name, failure, which):
+                    run = self.runs[name]
+                    assert not run.outcome, "a run ends once"
+                    if failure is None:
+                        assert run.last
+                        assert run.done == set(run.added)
+                        run.outcome = "done"
+                    else:
+                        assert self.expected_failure == (name, which, failure)
+                        self.expected_failure = None
+                        run.outcome = "failed"
+                case RunDrained(name):
+                    run = self.runs[name]
+                    assert run.outcome
+                    assert not run.drained, "a run is drained once"
+                    assert not any(invoke.run == name for invoke in self.flying.values())
+                    run.drained = True
+                case Wake(at):
+                    self.timers.append(at)
+        self.check()
+
+    def check(self) -> None:
+        self.state.validate()
+        assert self.expected_failure is None, "a failure that nothing can mend ends the run"
+        assert set(self.state.in_flight) == set(self.flying)
+        known = {run.name for run in self.runs.values() if run.opened}
+        drained = {run.name for run in self.runs.values() if run.drained}
+        assert set(self.state.runs) <= known - drained
+        startable = 0
+        for run in self.runs.values():
+            if run.outcome:
+                assert run.drained == (not run.flying)
+                continue
+            if run.last:
+                assert run.done != set(run.added), "a run with nothing left to do has not ended"
+                for key in run.available - run.released - run.keep:
+                    assert run.readers(key), f"{key} is not needed and was not released"
+            for it in run.added:
+                idle = it not in run.done and it not in run.flying
+                if idle and set(it.inputs) <= run.available:
+                    startable += run.delayed.get(it, 0.0) <= self.now
+                    if run.delayed.get(it, 0.0) > self.now:
+                        assert self.timers or self.flying, "nobody will wake it"
+        if startable:
+            limit = min(self.window, max(1, int(self.state.limit)))
+            assert len(self.flying) >= limit, "there is room, and a group that is ready"
+
+    # -- what may happen ---------------------------------------------------------------------
+
+    def add(self, run: Model) -> None:
+        batch = run.batches.pop(0)
+        run.added += batch
+        run.opened, run.last = True, not run.batches
+        keep = run.keep & {key for it in batch for key in it.outputs}
+        self.handle(GroupsAdded(run.name, batch, keep, run.last))
+
+    def end(self, invocation: int, outcome: Failure | None) -> None:
+        invoke = self.flying.pop(invocation)
+        self.answered.add(invocation)
+        run, (it,) = self.runs[invoke.run], invoke.groups
+        run.flying.remove(it)
+        if not run.outcome:
+            if outcome is None:
+                run.done.add(it)
+                run.available.update(it.outputs)
+            else:
+                counts = run.failures[it]
+                counts[outcome.kind] += 1
+                count = counts[outcome.kind]
+                allowed = {
+                    FailureKind.TASK: it.retries,
+                    FailureKind.DEATH: POLICY.deaths + it.retries,
+                    FailureKind.TRANSIENT: POLICY.transient_tries - 1,
+                    FailureKind.THROTTLED: float("inf"),
+                    FailureKind.FATAL: 0,
+                }[outcome.kind]
+                if count > allowed:
+                    self.expected_failure = (run.name, it, outcome)
+                else:
+                    bound = min(POLICY.max_backoff, POLICY.backoff * 2.0 ** min(count - 1, 50))
+                    run.delayed[it] = self.now + bound
+        self.handle(InvocationEnded(invocation, (outcome,)))
+
+    def wake(self) -> None:
+        at = min(self.timers)
+        self.timers.remove(at)
+        self.now = max(self.now, at)
+        self.handle(TimePassed(at))
+
+    def cancel(self, run: Model) -> None:
+        if run.opened and not run.outcome:
+            run.outcome = "cancelled"
+        self.handle(RunCancelled(run.name))
+
+    def change_window(self, window: int) -> None:
+        self.window = max(window, len(self.flying))  # for what is in flight already
+        self.handle(WindowChanged(window))
+        self.window = window
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(data=st.data())
+def test_whatever_happens_in_whatever_order_the_rules_hold(data):
+    draw = data.draw
+    runs = [draw(models(name)) for name in "rst"[: draw(st.integers(1, 3))]]
+    play = Play(runs, draw(st.integers(1, 5)), draw(st.integers(0, 3)))
+    for _ in range(draw(st.integers(0, 40))):
+        actions = []
+        actions += [("add", run) for run in runs if run.batches and not run.outcome]
+        actions += [("end", invocation) for invocation in play.flying] * 3
+        actions += [("wake", None)] if play.timers else []
+        actions += [("step", None), ("window", None)]
+        actions += [("cancel", run) for run in runs] if draw(st.integers(0, 9)) == 9 else []
+        action, what = draw(st.sampled_from(actions))
+        match action:
+            case "add":
+                play.add(what)
+            case "end":
+                play.end(what, draw(st.sampled_from(OUTCOMES)))
+            case "wake":
+                play.wake()
+            case "step":
+                play.now += draw(st.sampled_from([0.0, 0.1, 1.0]))
+            case "window":
+                if draw(st.booleans()) and len(play.flying) <= play.window:
+                    play.change_window(draw(st.integers(1, 5)))
+            case "cancel":
+                play.cancel(what)
+    # From here on all goes well, and every run must come to its end.
+    for _ in range(1000):
+        waiting = [run for run in runs if run.batches and not run.outcome]
+        if waiting:
+            play.add(waiting[0])
+        elif play.flying:
+            play.end(next(iter(play.flying)), DONE)
+        elif all(run.drained for run in runs):
+            break
+        else:
+            assert play.timers, "a run that nothing moves any more"
+            play.wake()
+    else:
+        pytest.fail("the runs do not end")
+    while play.timers:
+        play.wake()
+    for run in runs:
+        if run.outcome == "done":
+            assert run.done == set(run.added)
+            assert run.available - run.released == run.keep & run.available
+            assert run.starts == Counter(
+                {it: 1 + sum(run.failures[it].values()) for it in run.added}
+            )
+    assert list(play.state.runs) == []
+    assert not play.state.in_flight
