@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import Literal
 
 from dask.order import order
 
 from dask_lambda.errors import CyclicGraphError
-from dask_lambda.graph import Graph, is_finaliser
+from dask_lambda.graph import Graph, is_finaliser, short
 from lambda_worker.protocol import Key
 
 PlanMode = Literal["none"]
@@ -125,6 +126,12 @@ def make_plan(
 def _priorities(graph: Graph, dependencies: Mapping[Key, set[Key]]) -> Mapping[Key, int]:
     tasks = graph.tasks
     inner = {key: {d for d in reads if d in tasks} for key, reads in dependencies.items()}
+    if graph.aliases:  # order() looks for cycles in the tasks, where an alias hides them
+        try:
+            TopologicalSorter(inner).prepare()
+        except CycleError as error:
+            path = " -> ".join(map(short, error.args[1]))
+            raise CyclicGraphError(f"Cycle detected in Dask: {path}") from error
     try:
         priorities: Mapping[Key, int] = order(tasks, dependencies=inner)  # type: ignore[assignment,arg-type]
     except RuntimeError as error:  # "Cycle detected in Dask: ..."
