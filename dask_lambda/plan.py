@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from typing import Literal
 
 from dask.order import order
 
 from dask_lambda.errors import CyclicGraphError
-from dask_lambda.graph import Graph, is_finaliser, short
+from dask_lambda.graph import Graph, is_finaliser
 from lambda_worker.protocol import Key
 
 PlanMode = Literal["none"]
@@ -96,7 +95,7 @@ def make_plan(
         If the graph has a cycle.
     """
     dependencies = {key: graph.dependencies(key) for key in graph.tasks}
-    priorities = _priorities(graph, dependencies)
+    priorities = _priorities(graph)
     outputs = {graph.resolve(key) for key in graph.outputs}
     client = _client_tasks(graph, dependencies, outputs) if finalise else set()
     fetch = outputs - client
@@ -123,17 +122,11 @@ def make_plan(
     )
 
 
-def _priorities(graph: Graph, dependencies: Mapping[Key, set[Key]]) -> Mapping[Key, int]:
-    tasks = graph.tasks
-    inner = {key: {d for d in reads if d in tasks} for key, reads in dependencies.items()}
-    if graph.aliases:  # order() looks for cycles in the tasks, where an alias hides them
-        try:
-            TopologicalSorter(inner).prepare()
-        except CycleError as error:
-            path = " -> ".join(map(short, error.args[1]))
-            raise CyclicGraphError(f"Cycle detected in Dask: {path}") from error
+def _priorities(graph: Graph) -> Mapping[Key, int]:
+    # The whole graph and not its tasks alone: order() follows the nodes' own dependencies, and
+    # would not see through an alias that is not there.
     try:
-        priorities: Mapping[Key, int] = order(tasks, dependencies=inner)  # type: ignore[assignment,arg-type]
+        priorities: Mapping[Key, int] = order(graph.source)  # type: ignore[assignment,arg-type]
     except RuntimeError as error:  # "Cycle detected in Dask: ..."
         raise CyclicGraphError(str(error)) from error
     return priorities
