@@ -129,7 +129,9 @@ def _service_error(body: bytes) -> tuple[str, str, str]:
     try:
         record = json.loads(body)
         message = str(record.get("Message") or record.get("message") or "")
-        name = str(record.get("__type") or record.get("Code") or record.get("Type") or "")
+        name = str(
+            record.get("__type") or record.get("Code") or ""
+        )  # "Type" is "User" or "Service"
         return message[:1000], str(record.get("Reason") or ""), name
     except (ValueError, AttributeError):
         return body[:200].decode("utf-8", "replace"), "", ""
