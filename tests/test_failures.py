@@ -1,0 +1,410 @@
+"""Recorded answers of AWS and of the worker: the right decision, and words that help."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+
+from dask_lambda import errors, failures
+from dask_lambda.state import Failure, FailureKind
+from lambda_worker import codec, protocol
+from lambda_worker.errors import StoreError
+
+SECRET = b"s" * 32
+OUTPUT = "0/prefix/run/label"
+
+
+def answer(status: int, **body) -> Failure:
+    return failures.from_response(status, json.dumps(body).encode(), "my-function", "eu-north-1")
+
+
+def function_error(body, log="", memory_mb=1769) -> Failure:
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return failures.from_function_error(text, log, memory_mb)
+
+
+def shown(failure: Failure, key: str = "'add-1'") -> BaseException:
+    return failures.to_exception(failure, key, {"run": SECRET})
+
+
+# -- the API refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "ConcurrentInvocationLimitExceeded",
+        "ReservedFunctionConcurrentInvocationLimitExceeded",
+        "FunctionInvocationRateLimitExceeded",
+        "ReservedFunctionInvocationRateLimitExceeded",
+        "CallerRateLimitExceeded",
+        "ConcurrentSnapshotCreateLimitExceeded",
+    ],
+)
+def test_every_throttle_is_a_throttle_and_its_reason_is_shown(reason):
+    failure = answer(429, Reason=reason, Type="User", message="Rate Exceeded.")
+    assert failure.kind is FailureKind.THROTTLED
+    exception = shown(failure)
+    assert type(exception) is errors.ThrottledError
+    assert reason in str(exception)
+    assert "dask-lambda.concurrency" in str(exception)
+
+
+def test_a_throttle_without_a_reason_is_one_all_the_same():
+    assert failures.from_response(429, b"", "f", "r").kind is FailureKind.THROTTLED
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (
+            403,
+            {
+                "Message": "User: arn:aws:iam::123456789012:user/me is not authorized to perform: "
+                "lambda:InvokeFunction on resource: arn:aws:lambda:eu-north-1:123456789012:"
+                "function:my-function"
+            },
+        ),
+        (403, {"message": "The security token included in the request is invalid."}),
+        (403, {"message": "The security token included in the request is expired"}),
+        (403, {"message": "Signature expired: 20260101T000000Z is now earlier than ..."}),
+        (403, {"Message": None}),
+        (401, {"message": "Unauthorized", "__type": "UnauthorizedException"}),
+    ],
+)
+def test_wrong_credentials_name_the_action_and_the_resource_and_are_not_retried(status, body):
+    failure = answer(status, **body)
+    assert failure.kind is FailureKind.FATAL
+    exception = shown(failure, "")
+    assert type(exception) is errors.AccessDeniedError
+    assert isinstance(exception, PermissionError)
+    text = str(exception)
+    assert "lambda:InvokeFunction" in text
+    assert "'my-function'" in text
+    assert "eu-north-1" in text
+    assert "credentials" in text
+    assert (body.get("message") or body.get("Message") or "") in text
+
+
+def test_a_function_that_does_not_exist_is_named_with_its_region():
+    failure = answer(
+        404,
+        Type="User",
+        Message="Function not found: arn:aws:lambda:eu-north-1:123456789012:function:my-function",
+    )
+    assert failure.kind is FailureKind.FATAL
+    exception = shown(failure, "")
+    assert type(exception) is errors.FunctionNotFoundError
+    assert "'my-function' does not exist in region eu-north-1" in str(exception)
+    assert "dask-lambda.function" in str(exception)
+
+
+def test_aws_is_quoted_without_the_name_of_the_culprit():
+    # "Type" is "User" or "Service": whose fault it was, which tells the user nothing.
+    text = str(shown(answer(404, Type="User", Message="Function not found: f"), ""))
+    assert "AWS said: 404: Function not found: f" in text
+
+
+def test_too_large_a_request_is_fatal():
+    failure = answer(413, Type="User", message="6291556 byte payload is too large")
+    assert failure.kind is FailureKind.FATAL
+    exception = shown(failure)
+    assert type(exception) is errors.PayloadTooLargeError
+    assert str(exception).startswith("Task 'add-1': ")
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 409])
+def test_the_services_own_failures_are_transient(status):
+    failure = answer(status, Type="Service", Message="Service error.")
+    assert failure.kind is FailureKind.TRANSIENT
+    assert f"Lambda answered {status}" in str(shown(failure))
+
+
+@pytest.mark.parametrize("status", [400, 405, 415, 302])
+def test_other_answers_are_fatal(status):
+    assert answer(status, Message="no").kind is FailureKind.FATAL
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>Bad gateway</html>", b"null", b"[1]", b"\xff\xfe"])
+def test_an_answer_that_is_not_json_is_quoted(body):
+    failure = failures.from_response(502, body, "f", "r")
+    assert failure.kind is FailureKind.TRANSIENT
+    assert "502" in str(shown(failure))
+
+
+def test_a_broken_connection_is_transient():
+    failure = failures.from_network(ConnectionResetError(104, "Connection reset by peer"))
+    assert failure.kind is FailureKind.TRANSIENT
+    text = str(shown(failure))
+    assert "ConnectionResetError: [Errno 104] Connection reset by peer" in text
+    assert "dask-lambda.endpoint-url" in text
+    assert "(TimeoutError)" in str(shown(failures.from_network(TimeoutError())))
+
+
+# -- the environment was lost --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {
+            "errorType": "Sandbox.Timedout",
+            "errorMessage": "RequestId: 41d0 Error: Task timed out after 1.00 seconds",
+        },
+        {"errorMessage": "2026-01-01T00:00:00.000Z 41d0 Task timed out after 1.00 seconds"},
+    ],
+)
+def test_a_time_out_is_the_tasks_own_and_names_seconds_and_setting(body):
+    failure = function_error(body)
+    assert failure.kind is FailureKind.TASK
+    exception = shown(failure)
+    assert type(exception) is errors.FunctionTimeoutError
+    assert isinstance(exception, TimeoutError)
+    text = str(exception)
+    assert text.startswith("Task 'add-1': ran longer than the function's time-out of 1.00 seconds")
+    assert "dask-lambda.timeout" in text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {
+            "errorType": "Runtime.OutOfMemory",
+            "errorMessage": "RequestId: 41d0 Error: Runtime exited with error: signal: killed",
+        },
+        {
+            "errorType": "Runtime.ExitError",
+            "errorMessage": "RequestId: 41d0 Error: Runtime exited with error: signal: killed",
+        },
+        {"errorMessage": "RequestId: 41d0 Process exited before completing: signal: killed"},
+    ],
+)
+def test_no_memory_left_is_the_tasks_own_and_names_the_memory_and_the_setting(body):
+    failure = function_error(body, memory_mb=512)
+    assert failure.kind is FailureKind.TASK
+    exception = shown(failure)
+    assert type(exception) is errors.OutOfMemoryError
+    assert isinstance(exception, MemoryError)
+    assert "512 MB" in str(exception)
+    assert "dask-lambda.memory" in str(exception)
+
+
+def test_no_memory_left_can_be_told_before_the_memory_is_known():
+    text = str(shown(function_error({"errorType": "Runtime.OutOfMemory"}, memory_mb=None)))
+    assert "None" not in text
+    assert "dask-lambda.memory" in text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {
+            "errorType": "Runtime.ExitError",
+            "errorMessage": "RequestId: 41d0 Error: Runtime exited with error: exit status 1",
+        },
+        {
+            "errorType": "Runtime.ExitError",
+            "errorMessage": "Runtime exited with error: signal: segmentation fault (core dumped)",
+        },
+        {"errorMessage": "Lambda worker process died"},
+        b"not json",
+    ],
+)
+def test_a_dead_worker_is_tried_again(body):
+    failure = function_error(body)
+    assert failure.kind is FailureKind.DEATH
+    exception = shown(failure)
+    assert type(exception) is errors.WorkerDiedError
+    assert "Task 'add-1': the worker died" in str(exception)
+
+
+def test_too_large_a_response_names_the_setting_to_lower():
+    failure = function_error(
+        {
+            "errorType": "Function.ResponseSizeTooLarge",
+            "errorMessage": "Response payload size exceeded maximum allowed payload size "
+            "(6291556 bytes).",
+        }
+    )
+    assert failure.kind is FailureKind.FATAL
+    exception = shown(failure)
+    assert type(exception) is errors.PayloadTooLargeError
+    assert "dask-lambda.inline-bytes" in str(exception)
+    assert "6291556 bytes" in str(exception)
+
+
+def test_a_function_that_cannot_import_the_worker_is_not_tried_again():
+    failure = function_error(
+        {
+            "errorType": "Runtime.ImportModuleError",
+            "errorMessage": "Unable to import module 'lambda_worker.handler': "
+            "No module named 'obstore'",
+        }
+    )
+    assert failure.kind is FailureKind.FATAL
+    assert "No module named 'obstore'" in str(shown(failure))
+    assert "lambda_worker" in str(shown(failure))
+
+
+def test_the_end_of_the_log_is_a_note():
+    exception = shown(function_error({"errorMessage": "died"}, log="last words\nREPORT ..."))
+    assert exception.__notes__ == ["Last lines of the invocation's log:\nlast words\nREPORT ..."]
+    assert not hasattr(shown(function_error({"errorMessage": "died"})), "__notes__")
+
+
+def test_a_foreign_function_is_recognised_by_its_answer():
+    failure = failures.from_foreign_reply(b'{"statusCode": 200}', "my-function")
+    assert failure.kind is FailureKind.FATAL
+    text = str(shown(failure, ""))
+    assert "'my-function'" in text
+    assert '{"statusCode": 200}' in text
+
+
+# -- the worker replied --------------------------------------------------------------------------
+
+
+def test_a_version_mismatch_names_what_differs_on_both_sides_and_nothing_else():
+    ours = protocol.versions()
+    worker = {"protocol": protocol.PROTOCOL, **ours, "python": "3.7"}
+    failure = failures.from_refusal(worker)
+    assert failure.kind is FailureKind.FATAL
+    exception = shown(failure)
+    assert type(exception) is errors.VersionMismatchError
+    assert f"python: worker 3.7, client {ours['python']}" in str(exception)
+    assert ours["dask"] not in str(exception)
+
+
+class Odd(Exception):
+    """Needs two arguments, keeps one: pickle cannot rebuild it."""
+
+    def __init__(self, a, b):
+        super().__init__(a)
+
+
+def record_of(error: BaseException, **fields) -> dict:
+    name = protocol.error_name(OUTPUT)
+    data = codec.dumps(error, SECRET, name)
+    return {
+        "kind": "exception",
+        "message": f"{type(error).__name__}: {error}",
+        "type": f"builtins.{type(error).__name__}",
+        "traceback": 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n',
+        "key": "'add-2'",
+        "exception": protocol.Value(name, len(data), data).to_json(),
+        **fields,
+    }
+
+
+def test_a_tasks_exception_arrives_as_itself_with_the_remote_traceback_below():
+    failure = failures.from_record(record_of(ZeroDivisionError("division by zero")))
+    assert failure.kind is FailureKind.TASK
+    exception = shown(failure)
+    assert type(exception) is ZeroDivisionError
+    assert str(exception) == "division by zero"
+    (note,) = exception.__notes__
+    assert note.startswith("Raised by task 'add-2' on Lambda:\nTraceback")
+    assert note.endswith("in f")
+
+
+def test_an_exception_without_its_pickle_is_told_in_words():
+    record = record_of(ValueError("no"), unpicklable="TypeError: cannot pickle a lock")
+    del record["exception"]
+    exception = shown(failures.from_record(record))
+    assert type(exception) is errors.RemoteError
+    assert str(exception).startswith("Task 'add-2' raised ValueError: no")
+    assert "cannot pickle a lock" in str(exception)
+    assert exception.__notes__[0].startswith("Remote traceback:\nTraceback")
+
+
+def test_an_exception_that_does_not_unpickle_here_is_told_in_words():
+    exception = shown(failures.from_record(record_of(Odd("a", "b"))))
+    assert type(exception) is errors.RemoteError
+    assert "Odd: a" in str(exception)
+
+
+def test_an_exception_that_was_tampered_with_is_not_unpickled():
+    record = record_of(ValueError("no"))
+    name = protocol.error_name(OUTPUT)
+    forged = pickle.dumps(SystemExit("owned"))
+    record["exception"] = protocol.Value(name, len(forged), forged).to_json()
+    exception = shown(failures.from_record(record))
+    assert type(exception) is errors.RemoteError
+    assert "owned" not in str(exception)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_an_exit_of_a_task_does_not_end_the_callers_program(error):
+    exception = shown(failures.from_record(record_of(error)))
+    assert type(exception) is errors.RemoteError
+    assert type(error).__name__ in str(exception)
+
+
+def test_an_exception_that_forbids_notes_arrives_all_the_same():
+    class Closed(Exception):
+        def add_note(self, note):
+            raise TypeError("no notes")
+
+    exception = shown(failures.from_record(record_of(Closed("x"))))
+    assert type(exception).__name__ == "Closed"
+
+
+def test_a_missing_package_is_named_with_what_to_do():
+    error = ModuleNotFoundError("No module named 'left_pad'", name="left_pad")
+    exception = shown(failures.from_record(record_of(error, module="left_pad")))
+    assert type(exception) is ModuleNotFoundError
+    assert any("'left_pad' is not installed on the worker" in n for n in exception.__notes__)
+
+
+def test_a_result_that_cannot_be_pickled_names_its_task():
+    record = {"kind": "unserializable", "message": "its result, a generator, ...", "key": "'g'"}
+    exception = shown(failures.from_record(record))
+    assert type(exception) is errors.UnserializableError
+    assert isinstance(exception, TypeError)
+    assert str(exception) == "Task 'g': its result, a generator, ..."
+
+
+def test_a_broken_seal_is_fatal():
+    failure = failures.from_record({"kind": "integrity", "message": "object 'x' does not ..."})
+    assert failure.kind is FailureKind.FATAL
+    assert type(shown(failure)) is errors.IntegrityError
+
+
+@pytest.mark.parametrize(
+    ("kind", "decision", "error", "words"),
+    [
+        ("missing", FailureKind.FATAL, errors.LostDataError, "gone"),
+        ("denied", FailureKind.FATAL, errors.AccessDeniedError, "policy"),
+        ("no-bucket", FailureKind.FATAL, errors.BucketNotFoundError, "dask-lambda.bucket"),
+        ("transient", FailureKind.TRANSIENT, errors.InvocationError, "S3 failed"),
+    ],
+)
+def test_failures_of_s3_read_alike_from_both_sides(kind, decision, error, words):
+    message = "s3:GetObject 0/prefix/run/label: 503 SlowDown"
+    here = failures.from_store_error(StoreError(kind, message))
+    there = failures.from_record({"kind": f"store-{kind}", "message": message})
+    for failure in (here, there):
+        assert failure.kind is decision
+        exception = shown(failure)
+        assert type(exception) is error
+        assert message in str(exception)
+        assert words in str(exception)
+    assert "on the worker" in str(shown(there))
+    assert f"on the worker: {message}" not in str(shown(here))
+
+
+def test_an_error_that_was_made_on_the_client_is_raised_as_it_is():
+    error = errors.PayloadTooLargeError("too large")
+    assert shown(Failure(FailureKind.FATAL, error)) is error
+
+
+def test_every_error_of_ours_has_one_base_and_survives_pickling():
+    for name in errors.__all__:
+        error = getattr(errors, name)
+        assert issubclass(error, errors.DaskLambdaError)
+        again = pickle.loads(pickle.dumps(error("words")))
+        assert type(again) is error
+        assert str(again) == "words"
+    again = pickle.loads(pickle.dumps(StoreError("denied", "words")))
+    assert (again.kind, str(again)) == ("denied", "words")
