@@ -7,12 +7,13 @@ value: each task decodes its own, so that no task can change what the next one s
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
 
 class Cache:
-    """Least recently used sealed values, bounded in bytes.
+    """Least recently used sealed values, bounded in bytes.  Inputs are fetched by many threads.
 
     Parameters
     ----------
@@ -25,24 +26,27 @@ class Cache:
         self.size = 0
         self.hits = 0
         self._entries: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, name: str) -> Any | None:
         """Return the bytes of an object, or None."""
-        data = self._entries.get(name)
-        if data is not None:
-            self._entries.move_to_end(name)
-            self.hits += 1
-        return data
+        with self._lock:
+            data = self._entries.get(name)
+            if data is not None:
+                self._entries.move_to_end(name)
+                self.hits += 1
+            return data
 
     def put(self, name: str, data: Any) -> None:
         """Keep the bytes of an object, at the expense of those that were used least recently."""
-        if len(data) > self.limit or name in self._entries:
-            return
-        self._entries[name] = data
-        self.size += len(data)
-        while self.size > self.limit:
-            _, dropped = self._entries.popitem(last=False)
-            self.size -= len(dropped)
+        with self._lock:
+            if len(data) > self.limit or name in self._entries:
+                return
+            self._entries[name] = data
+            self.size += len(data)
+            while self.size > self.limit:
+                _, dropped = self._entries.popitem(last=False)
+                self.size -= len(dropped)
 
     def __len__(self) -> int:
         return len(self._entries)
