@@ -1,0 +1,131 @@
+"""Who may import whom: downwards only, and the worker starts without heavy packages."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lambda_worker
+
+ROOT = Path(lambda_worker.__file__).parents[1]
+WORKER = sorted((ROOT / "lambda_worker").glob("*.py"))
+CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
+
+#: The engine from the top down: a module imports only what stands below it.
+ENGINE = [
+    *("__main__", "cli", "__init__", "scheduler", "dispatch"),
+    *("invoke", "encode", "failures", "state", "plan", "graph"),
+    *("report", "cost", "config", "errors"),
+]
+#: The ground, likewise.
+GROUND = ["handler", "execute", "store", "codec", "cache", "protocol", "errors"]
+PURE = ["state", "plan", "graph", "failures", "cost"]
+WORLD = {
+    *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),
+    *("aiohttp", "boto3", "botocore", "obstore", "urllib", "http", "tempfile", "os"),
+}
+
+
+def imports(path: Path, *, late: bool = True) -> set[str]:
+    """Full names that a module imports; without ``late`` at its top level only."""
+    tree = ast.parse(path.read_text("utf-8"))
+    names = set()
+    nodes = ast.walk(tree) if late else _top_level(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute here"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def _top_level(tree: ast.Module):
+    stack = list(tree.body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        stack.extend(ast.iter_child_nodes(node))
+
+
+def inner_imports(path: Path, package: str) -> set[str]:
+    """Modules of the package that one of them imports at its top level."""
+    modules = {p.stem for p in path.parent.glob("*.py")}
+    names = imports(path, late=False)
+    return {m for m in modules if f"{package}.{m}" in names}
+
+
+@pytest.mark.parametrize("path", WORKER, ids=lambda path: path.stem)
+def test_the_worker_never_imports_the_client(path):
+    assert not [name for name in imports(path) if name.split(".")[0] == "dask_lambda"]
+
+
+@pytest.mark.parametrize("name", GROUND)
+def test_the_ground_imports_downwards(name):
+    below = set(GROUND[GROUND.index(name) + 1 :])
+    assert inner_imports(ROOT / "lambda_worker" / f"{name}.py", "lambda_worker") <= below
+
+
+def test_every_module_of_the_ground_has_its_place():
+    assert {path.stem for path in WORKER} == {"__init__", *GROUND}
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_imports_downwards(name):
+    path = ROOT / "dask_lambda" / f"{name}.py"
+    above = set(ENGINE[: ENGINE.index(name) + 1])
+    assert not inner_imports(path, "dask_lambda") & above
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_know_nothing_of_the_world(name):
+    tops = {n.split(".")[0] for n in imports(ROOT / "dask_lambda" / f"{name}.py")}
+    assert not tops & WORLD
+
+
+def test_the_state_machine_imports_the_plan_and_nothing_else_of_ours():
+    assert inner_imports(ROOT / "dask_lambda" / "state.py", "dask_lambda") == {"plan"}
+
+
+def test_the_state_machine_calls_no_clock_and_no_unseeded_randomness():
+    tree = ast.parse((ROOT / "dask_lambda" / "state.py").read_text("utf-8"))
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not {
+        c for c in calls if c.split(".")[-1] in {"monotonic", "time", "perf_counter", "now"}
+    }
+    assert {c for c in calls if c.startswith("random.")} == {"random.Random"}
+
+
+@pytest.mark.parametrize(
+    "path", [*WORKER, *CLIENT], ids=lambda path: f"{path.parent.stem}.{path.stem}"
+)
+def test_every_module_says_what_it_is_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"import sys; {code}; print(*sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(out.stdout.split())
+
+
+def test_a_cold_start_loads_no_heavy_package():
+    loaded = loaded_by("import lambda_worker.handler")
+    heavy = {"boto3", "botocore", "distributed", "dask.array", "dask.dataframe", "pandas"}
+    assert not loaded & (heavy | {"dask_lambda", "scipy", "aiohttp", "tornado"})
+
+
+def test_importing_the_client_loads_no_aws_sdk_and_no_collection():
+    loaded = loaded_by("import dask_lambda")
+    assert "dask_lambda.scheduler" in loaded
+    assert not loaded & {"boto3", "distributed", "dask.array", "dask.dataframe", "pandas", "scipy"}
