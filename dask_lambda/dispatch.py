@@ -387,6 +387,8 @@ class Engine:
                 if not reply.answered:
                     await asyncio.to_thread(self.backend.check)
             return [failure] * len(groups)
+        if "error" in content:  # the worker could not read the list of groups
+            return [failures.from_record(content["error"])] * len(groups)
         outcomes: list[Failure | None] = []
         for group, record in zip(groups, content["groups"], strict=True):
             if "error" in record:

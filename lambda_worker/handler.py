@@ -222,26 +222,34 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     request = Request.from_json(event)
     invocation = Invocation(request)
     hits = environment.cache.hits
-    groups: list[dict[str, Any]] = []
-    for group in invocation.groups():
-        try:
-            groups.append(invocation.run(group))
-        except Failure as failure:
-            groups.append({"error": failure.record})
-        except StoreError as error:
-            groups.append({"error": {"kind": f"store-{error.kind}", "message": str(error)}})
-        except IntegrityError as error:
-            groups.append({"error": {"kind": "integrity", "message": str(error)}})
-        except UnserializableError as error:
-            groups.append({"error": {"kind": "unserializable", "message": str(error)}})
+    try:
+        reply["groups"] = [_run(invocation, group) for group in invocation.groups()]
+    except (Failure, StoreError, IntegrityError) as error:  # from reading the list of groups
+        reply["error"] = _record(error)
     counts = invocation.store.counts.take()
-    reply["groups"] = groups
     reply["s3"] = {name: getattr(counts, name) for name in counts.__slots__}
     reply["cache_hits"] = environment.cache.hits - hits
     reply["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     reply["milliseconds"] = (time.perf_counter() - started) * 1e3
     _log(event, context, reply)
     return reply
+
+
+def _run(invocation: Invocation, group: GroupRequest) -> dict[str, Any]:
+    try:
+        return invocation.run(group)
+    except (Failure, StoreError, IntegrityError, UnserializableError) as error:
+        return {"error": _record(error)}
+
+
+def _record(error: Exception) -> dict[str, Any]:
+    """Describe in the reply why something failed."""
+    if isinstance(error, Failure):
+        return error.record
+    if isinstance(error, StoreError):
+        return {"kind": f"store-{error.kind}", "message": str(error)}
+    kind = "integrity" if isinstance(error, IntegrityError) else "unserializable"
+    return {"kind": kind, "message": str(error)}
 
 
 def _log(event: dict[str, Any], context: Any, reply: dict[str, Any]) -> None:
