@@ -49,7 +49,7 @@ class Settings:
         ConfigurationError
             For an unknown name, or a value of the wrong type or out of range.
         """
-        names = [f.name for f in fields(cls)]
+        names = cls.names()
         check_names(overrides)
         values = {n: dask.config.get(f"dask-lambda.{n.replace('_', '-')}", None) for n in names}
         values.update(overrides)
@@ -88,6 +88,11 @@ class Settings:
                 "AWS, none for the embedded one"
             )
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of all settings."""
+        return [field.name for field in fields(cls)]
+
     @property
     def is_local(self) -> bool:
         """Whether the embedded AWS is meant."""
@@ -102,7 +107,7 @@ def load_defaults() -> None:
 
 def check_names(overrides: dict[str, Any]) -> None:
     """Refuse keywords that are not settings."""
-    names = [f.name for f in fields(Settings)]
+    names = Settings.names()
     unknown = [name for name in overrides if name not in names]
     if unknown:
         raise ConfigurationError(

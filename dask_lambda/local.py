@@ -88,8 +88,10 @@ INHERITED = (
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
     *("http_proxy", "https_proxy", "all_proxy"),
 )
-#: One BLAS thread a worker: there is one worker for each concurrent invocation.
+#: One BLAS thread a worker: there is one worker for each concurrent invocation.  A fixed hash seed:
+#: tasks that partition strings by hash() must agree (distributed's workers have the same one).
 FUNCTION_ENVIRONMENT = {
+    "PYTHONHASHSEED": "6640",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",

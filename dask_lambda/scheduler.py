@@ -6,6 +6,7 @@ May import: all of the engine.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import dask.config
-from dask._task_spec import DataNode, GraphNode, Task
+from dask._task_spec import DataNode, Task
 from dask.base import get_annotations, persist
 from dask.callbacks import local_callbacks
 from dask.local import nested_get
@@ -33,19 +34,13 @@ from lambda_worker import codec
 from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts
 
-#: Keywords of Dask's other schedulers that mean nothing here.  They are accepted, so that
-#: ``x.compute(num_workers=4)`` need not be changed; any other unknown keyword is an error.
-IGNORED_KEYWORDS = frozenset(
-    {
-        *("num_workers", "pool", "chunksize", "cache", "get_id", "optimize_graph"),
-        *("rerun_exceptions_locally", "raise_exception", "pack_exception"),
-        *("dumps", "loads", "func_dumps", "func_loads", "traverse"),
-        *("workers", "priority", "fifo_timeout", "allow_other_workers", "resources", "actors"),
-    }
-)
+#: Settings that may be given for one computation: ``x.compute(scheduler=lambda_get, retries=3)``.
+CALL_SETTINGS = frozenset({"retries", "inline_bytes", "plan"})
 
 #: How long Ctrl-C waits for the objects of the run to be deleted, in seconds.
 CANCEL_SECONDS = 0.8
+
+logger = logging.getLogger("dask_lambda")
 
 _last_report: RunReport | None = None
 
@@ -97,6 +92,9 @@ class LambdaScheduler:
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._overrides,)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LambdaScheduler:
+        return self  # whoever copies Dask's configuration wants the same scheduler
+
     def __enter__(self) -> LambdaScheduler:
         context = dask.config.set(scheduler=self)
         context.__enter__()
@@ -119,8 +117,12 @@ class LambdaScheduler:
         retries : int, optional
             How often to run a task again that raises, times out or runs out of memory; an
             annotation ``retries`` of the task has precedence.
+        inline_bytes, plan : optional
+            The settings of these names, for this call.
         callbacks : optional
             Dask callbacks for this call.
+        **kwargs
+            Keywords that mean something to other schedulers (``num_workers=4``) are ignored.
 
         Returns
         -------
@@ -195,13 +197,15 @@ class LambdaScheduler:
     def _settings(self, kwargs: dict[str, Any]) -> Settings:
         overrides = dict(self._overrides)
         for name, value in kwargs.items():
-            if name == "retries":
-                overrides["retries"] = value
-            elif name not in IGNORED_KEYWORDS:
+            if name in CALL_SETTINGS:
+                overrides[name] = value
+            elif name in Settings.names():
                 raise ConfigurationError(
-                    f"lambda_get does not know the keyword {name!r}; settings are given to "
-                    "LambdaScheduler(...) or under dask-lambda: in Dask's configuration"
+                    f"{name!r} cannot be set for one computation: give it to LambdaScheduler(...), "
+                    f"or set dask-lambda.{name.replace('_', '-')} in Dask's configuration"
                 )
+            else:  # Dask hands any keyword on, and its own schedulers ignore what they do not know
+                logger.debug("the keyword %r means nothing to this scheduler", name)
         return Settings.resolve(**overrides)
 
     def _run(
@@ -330,11 +334,30 @@ def _reference(engine: Engine, run: Run, key: Key) -> Reference:
     return reference
 
 
-def _node(key: Key, value: Any) -> GraphNode:
+def _node(key: Key, value: Any) -> Any:
     """Return what stands for a result in the graph of a persisted collection."""
     if isinstance(value, Reference):
-        return Task(key, load_reference, value)
-    return DataNode(key, value)
+        return StoredBlock(key, load_reference, value)
+    if isinstance(value, str | bytes | int | float | list | tuple | set | frozenset | dict):
+        return DataNode(key, value)  # which Dask might take for a key or a task
+    return value
+
+
+class StoredBlock(Task):
+    """A block of a persisted collection: a task that loads it.
+
+    It has the ``result`` method of a future, which is how Dask itself looks at blocks that are
+    elsewhere.  It travels as a plain task.
+    """
+
+    __slots__ = ()
+
+    def result(self) -> Any:
+        """Load the block."""
+        return self({})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Task, (self.key, self.func, *self.args)
 
 
 def _rebuild(overrides: dict[str, Any]) -> LambdaScheduler:
