@@ -119,8 +119,7 @@ class Encoder:
             name = self.object_name("groups-" + protocol.key_label(groups[0].outputs[0]))
             listing = _json([r.to_json() for r in requests])
             sealed = codec.dumps(listing, self._secret, name)
-            await self._upload(name, lambda: sealed)
-            request.groups = Value(name, len(sealed))
+            request.groups = Value(name, await self._upload(name, lambda: sealed))
             payload = _json(request.to_json())
             if len(payload) > protocol.MAX_PAYLOAD_BYTES:
                 raise PayloadTooLargeError(
@@ -133,7 +132,7 @@ class Encoder:
         """Move an inline value to S3."""
         data = value.data
         if data is not None:
-            await self._upload(value.name, lambda: data)
+            value.size = await self._upload(value.name, lambda: data)
             value.data = None
 
     # -- one group -------------------------------------------------------------------------------
@@ -196,7 +195,11 @@ class Encoder:
         if key not in self._literals:
             work = self._literal(key, graph.literals[key], inline_bytes)
             self._literals[key] = asyncio.get_running_loop().create_task(work)
-        return await self._literals[key]
+        try:
+            return await self._literals[key]
+        except BaseException:
+            self._literals.pop(key, None)  # so that a retry uploads again
+            raise
 
     async def _literal(self, key: Key, literal: Any, inline_bytes: int) -> Value:
         name = self.object_name("literal-" + protocol.key_label(key))
