@@ -290,12 +290,14 @@ def test_an_input_with_one_reader_is_not_cached(client):
 
 
 def test_a_cached_object_is_verified_for_each_reader(client):
-    shared = client.put("x", 1)
-    shared.shared = True
-    assert client.result(Task("y", inc, TaskRef("x")), inputs={"x": shared}) == 2
-    request = client.event(client.group(Task("y", inc, TaskRef("x")), inputs={"x": shared}))
-    request["secrets"] = Request(RUN, {RUN: b"t" * 32}, "", 0, []).to_json()["secrets"]
-    assert handler.handler(request, CONTEXT)["groups"][0]["error"]["kind"] == "integrity"
+    stored = client.put("x", 41, OTHER_RUN, OTHER_SECRET)
+    stored.shared = True
+    client.secrets[OTHER_RUN] = OTHER_SECRET
+    assert client.result(Task("y", inc, TaskRef("x")), inputs={"x": stored}) == 42
+    assert len(handler.environment.cache) == 1
+    client.secrets[OTHER_RUN] = b"guessed" * 5
+    error = client.run(Task("y", inc, TaskRef("x")), inputs={"x": stored})["error"]
+    assert error["kind"] == "integrity"
 
 
 # -- stored results of other runs ----------------------------------------------------------------
