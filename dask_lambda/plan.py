@@ -101,6 +101,10 @@ def make_plan(
     fetch = outputs - client
     for key in client:
         fetch |= dependencies[key] - client
+    # Objects are named after the repr of their key: of keys that are equal but not alike, such as
+    # ("x", 0) and ("x", np.int64(0)), the one that the groups use.
+    own = {key: key for nodes in (graph.tasks, graph.stored) for key in nodes if key in fetch}
+    fetch = {own.get(key, key) for key in fetch}
     of_task = retries if callable(retries) else lambda _: retries
     tasks = graph.tasks
     groups = tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import add
 
 import dask
+import numpy as np
 import pytest
 from dask._task_spec import Alias, DataNode, List, Task, TaskRef
 from dask.local import nested_get
@@ -100,6 +101,12 @@ def test_requested_data_is_fetched_from_the_graph_and_no_group_keeps_it():
     assert plan.groups == ()
     assert plan.keep == set()
     assert plan.fetch == {"x"}
+
+
+def test_a_key_that_is_asked_for_in_another_spelling_is_fetched_under_the_graphs_own():
+    dsk = {("x", 0): (inc, 1), "y": (inc, ("x", 0))}
+    plan = plan_of(dsk, [("x", np.int64(0)), "y"])
+    assert {repr(key) for key in plan.fetch} == {repr(key) for key in outputs(plan)}
 
 
 def test_an_empty_graph_is_an_empty_plan():
