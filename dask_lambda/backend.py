@@ -122,24 +122,33 @@ def _affordable(window: int) -> int:
 
 def _aws(settings: Settings) -> AWSBackend:
     import boto3
+    from botocore.exceptions import BotoCoreError
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     from dask_lambda.invoke import LambdaInvoker
 
     assert settings.function is not None
     assert settings.bucket is not None
-    session = boto3.Session(region_name=settings.region)
+    try:
+        session = boto3.Session(region_name=settings.region)
+        credentials = session.get_credentials()
+    except BotoCoreError as error:  # a profile that does not exist, a broken file
+        raise ConfigurationError(f"the AWS configuration cannot be used: {error}") from error
     if session.region_name is None:
         raise ConfigurationError(
             "no AWS region is configured: set dask-lambda.region or AWS_REGION"
         )
-    credentials = session.get_credentials()
     if credentials is None:
         raise AccessDeniedError(
             "no AWS credentials were found: log in, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY (or set dask-lambda.backend to 'local' to use none)"
         )
-    config = session.client("lambda", endpoint_url=settings.endpoint_url).meta
+    try:
+        config = session.client("lambda", endpoint_url=settings.endpoint_url).meta
+    except (BotoCoreError, ValueError) as error:  # a malformed region or endpoint
+        raise ConfigurationError(
+            f"{error}: check dask-lambda.region and dask-lambda.endpoint-url"
+        ) from error
     invoker = LambdaInvoker(
         settings.function,
         session.region_name,

@@ -391,7 +391,8 @@ class Engine:
             return [failures.from_record(content["error"])] * len(groups)
         outcomes: list[Failure | None] = []
         for group, record in zip(groups, content["groups"], strict=True):
-            if "error" in record:
+            if "error" in record:  # perhaps after one of its outputs was written
+                run.uncertain.update(map(run.object_name, group.outputs))
                 outcomes.append(failures.from_record(record["error"]))
             else:
                 run.counts.tasks += len(group.tasks)
@@ -442,7 +443,9 @@ class Engine:
     # -- results ---------------------------------------------------------------------------------
 
     def _fetch(self, run: Run, work: Coroutine[Any, Any, None]) -> None:
-        run.fetches.add(self._spawn(work))
+        task = self._loop.create_task(work)  # what it raises is for _finish
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        run.fetches.add(task)
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
@@ -544,6 +547,7 @@ class Engine:
             run.held -= run.inline.pop(key, 0)
             await run.encoder.spill(value)
             run.encoder.written.discard(value.name)
+            run.uncertain.discard(value.name)
             names.add(value.name)
             run.results[key] = value
         self._kept[run.name] = run.secret, names

@@ -8,6 +8,7 @@ try makes sense.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,12 @@ CONNECT_TIMEOUT = timedelta(seconds=10)
 #: A conditional PUT that meets another one in flight (409) is tried again this often.
 CONFLICT_ATTEMPTS = 5
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+_DENIALS = (PermissionDeniedError, UnauthenticatedError)
+#: The same where obstore has no class for it: lists, and batches of deletes.
+_DENIED = re.compile(r"\bstatus: 40[13]\b")
+#: S3's own words.
+_SAID = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
 
 
 @dataclass(slots=True)
@@ -224,6 +231,10 @@ def _translated(action: str, name: str) -> Iterator[None]:
             kind = "no-bucket"
         elif isinstance(error, FileNotFoundError):
             kind = "missing"
-        elif isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
+        elif isinstance(error, _DENIALS) or _DENIED.search(text):
             kind = "denied"
+        said = _SAID.search(text)
+        text = text.partition("\n\nDebug source:")[0]
+        if said and said[1] not in text:
+            text += f" ({said[1]}: {said[2]})"
         raise StoreError(kind, f"{action} {name}: {text}") from error
