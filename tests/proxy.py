@@ -85,9 +85,9 @@ class Proxy:
     async def _start(self) -> None:
         self._client = aiohttp.ClientSession(auto_decompress=False)
         server = web.Server(self._serve)
-        self._runner = web.ServerRunner(server)
+        self._runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
         port = self._runner.addresses[0][1]
         self.url = f"http://127.0.0.1:{port}"
@@ -121,9 +121,8 @@ class Proxy:
             content = await answer.read()
             kept = [(n, v) for n, v in answer.headers.items() if n.lower() not in HOP_BY_HOP]
             response = web.Response(status=answer.status, body=content)
-            if request.method == "HEAD":
-                response = web.Response(status=answer.status)
-                response.content_length = int(answer.headers.get("Content-Length", 0))
+            if request.method == "HEAD":  # the length is that of a body that is not there
+                response.headers["Content-Length"] = answer.headers.get("Content-Length", "0")
             response.headers.update(kept)
             return response
 
