@@ -127,7 +127,7 @@ def unseal(sealed: Any, secret: bytes, name: str) -> list[memoryview]:
             frame = memoryview(bytearray(frame))
         frames.append(frame)
         offset += length
-    if any(frame.obj is not data.obj for frame in frames):
+    if frames[0].obj is data.obj and any(frame.obj is not data.obj for frame in frames):
         frames[0] = memoryview(bytes(frames[0]))  # so that it does not keep all of data alive
     return frames
 
