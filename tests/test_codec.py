@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,28 @@ def test_an_array_may_be_written_to_exactly_if_it_could_be_before(container, wri
     array.flags.writeable = writable
     sealed = container(codec.dumps(array, SECRET, NAME))
     assert codec.loads(sealed, SECRET, NAME).flags.writeable == writable
+
+
+@pytest.mark.parametrize("container", [bytes, bytearray])
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_buffer_that_is_an_object_of_its_own_is_as_writable_as_it_was(container, writable):
+    buffer = memoryview(bytearray(5000))
+    sealed = container(codec.seal([buffer if writable else buffer.toreadonly()], SECRET, NAME))
+    (frame,) = codec.unseal(sealed, SECRET, NAME)
+    assert frame.readonly != writable
+
+
+def test_an_array_that_had_to_be_copied_does_not_keep_the_sealed_bytes_alive():
+    class Downloaded(np.ndarray):
+        """Read-only bytes that a weak reference can watch."""
+
+    sealed = np.frombuffer(bytes(codec.dumps(np.zeros(10_000), SECRET, NAME)), np.uint8)
+    sealed = sealed.view(Downloaded)
+    watch = weakref.ref(sealed)
+    loaded = codec.loads(sealed, SECRET, NAME)
+    del sealed
+    assert watch() is None
+    assert loaded.sum() == 0
 
 
 def test_writing_to_an_array_that_came_from_read_only_bytes_does_not_change_them():

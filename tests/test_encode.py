@@ -229,6 +229,19 @@ def test_equally_long_slices_of_one_array_are_different_objects(start):
     assert (run.value("a"), run.value("b")) == (half, 2 * half)
 
 
+def test_a_task_may_write_to_an_array_that_was_uploaded(start):
+    def fill(a):
+        a[:] = 2
+        return float(a.sum())
+
+    array = np.zeros(LARGE)
+    run = start({i: Task(i, fill, array) for i in range(3)}, [0, 1, 2])
+    for i in range(3):
+        run.run(i)
+        assert run.value(i) == 2 * LARGE
+    assert not array.any()
+
+
 def test_an_array_in_fortran_order_arrives_in_fortran_order(start):
     array = np.asfortranarray(np.random.default_rng(0).random((300, 300)))
     run = start({"y": Task("y", lambda a: a.flags.f_contiguous, array)}, "y")
