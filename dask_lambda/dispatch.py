@@ -157,6 +157,28 @@ class Run:
         return codec.loads(self.results.pop(key), self.secret, self.object_name(key))
 
 
+_process: int | None = None  # the one in which obstore's threads are
+
+
+def claim_process() -> None:
+    """Note that this process uses obstore.
+
+    Raises
+    ------
+    DaskLambdaError
+        If it was forked from one that did: obstore's threads are not there, and would be waited
+        for without end.
+    """
+    global _process
+    if _process not in (None, os.getpid()):
+        raise errors.DaskLambdaError(
+            "this process was forked from one that had computed on Lambda already, which S3's "
+            "client does not survive: fork before the first computation, or start processes with "
+            "multiprocessing's method 'spawn' or 'forkserver'"
+        )
+    _process = os.getpid()
+
+
 class Engine:
     """Runs graphs.
 
@@ -254,6 +276,7 @@ class Engine:
 
     def load(self, reference: Reference) -> Any:
         """Load a stored result, in any other thread than the engine's."""
+        claim_process()
         secret = self._secret_of(reference)
         work = self._store.get_async(reference.name, reference.size)
         return codec.loads(self._call(work).result(), secret, reference.name)

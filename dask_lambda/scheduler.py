@@ -25,7 +25,15 @@ from dask_lambda.backend import open_backend
 from dask_lambda.callbacks import Callbacks
 from dask_lambda.config import Settings, check_names
 from dask_lambda.cost import Prices
-from dask_lambda.dispatch import Engine, Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
+from dask_lambda.dispatch import (
+    Engine,
+    Run,
+    RunFailed,
+    RunSucceeded,
+    TaskFinished,
+    TaskStarted,
+    claim_process,
+)
 from dask_lambda.errors import ConfigurationError
 from dask_lambda.graph import Graph
 from dask_lambda.plan import make_plan
@@ -296,6 +304,7 @@ class LambdaScheduler:
             settings.memory,
             settings.timeout,
         )
+        claim_process()
         if self._pid != os.getpid():  # after a fork the engine's thread is not there
             self._lock = threading.Lock()
             self._engines = {}
