@@ -124,21 +124,21 @@ def normalise(dsk: dict[Key, GraphNode], keys: Any) -> Graph:
 
 def is_finaliser(node: GraphNode) -> bool:
     """Tell whether a task only puts its inputs together."""
-    if not isinstance(node, NestedContainer):
-        if not isinstance(node, Task) or not node.dependencies:
-            return False
-        function = node.func
-        name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-        if name not in FINALISERS:
-            return False
-    return all(_is_passive(argument) for argument in (*node.args, *node.kwargs.values()))
+    if not isinstance(node, NestedContainer) and not node.dependencies:
+        return False
+    return isinstance(node, Task) and _is_passive(node)
 
 
 def _is_passive(argument: Any) -> bool:
-    """Tell whether an argument needs no work of its own: legacy tuples nest tasks in lists."""
-    if isinstance(argument, NestedContainer):
-        return all(map(_is_passive, argument.args))
-    return not isinstance(argument, Task)
+    """Tell whether no user's work is done in an argument: tasks may nest in lists and tasks."""
+    if not isinstance(argument, Task):
+        return True
+    if not isinstance(argument, NestedContainer):
+        function = argument.func
+        name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+        if name not in FINALISERS:
+            return False
+    return all(map(_is_passive, (*argument.args, *argument.kwargs.values())))
 
 
 def _cull(nodes: dict[Key, GraphNode], wanted: Iterable[Key]) -> dict[Key, GraphNode]:

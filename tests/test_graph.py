@@ -7,7 +7,9 @@ from operator import add
 import dask
 import dask.array as da
 import dask.bag as db
+import dask.dataframe as dd
 import numpy as np
+import pandas as pd
 import pytest
 from dask._task_spec import Alias, DataNode, List, Task, TaskRef
 from dask.delayed import delayed
@@ -206,6 +208,18 @@ def test_a_list_that_holds_a_task_does_work():
     graph = sort({"x": 1, "y": [(inc, "x"), (inc, 2)], "z": [["x", [(inc, "x")]]]}, ["y", "z"])
     assert not is_finaliser(graph.tasks["y"])
     assert not is_finaliser(graph.tasks["z"])
+
+
+def test_the_list_of_blocks_inside_a_finaliser_may_be_a_task():
+    blocks = pd.DataFrame({"x": range(6)})
+    table = dd.from_pandas(blocks, npartitions=3)
+    with dask.config.set(scheduler="sync"):
+        dsk, keys = handed_to_scheduler(table.persist())
+    graph = sort(dsk, keys)
+    ((key, task),) = graph.tasks.items()
+    assert task.func.__name__ == "_concat"
+    assert is_finaliser(task)
+    assert not is_finaliser(Task(key, task.func, List(Task(None, inc, TaskRef("x")))))
 
 
 def test_a_users_function_is_no_finaliser_whatever_it_is_called():
