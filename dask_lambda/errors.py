@@ -76,7 +76,7 @@ class FunctionTimeoutError(InvocationError, TimeoutError):
     """A task ran longer than the function's time-out."""
 
 
-class OutOfMemoryError(InvocationError, MemoryError):
+class OutOfMemoryError(MemoryError, InvocationError):  # the other way round has no usable __new__
     """A task needed more memory than the function has."""
 
 
