@@ -24,6 +24,10 @@ from lambda_worker.store import Store
 #: A buffer inside a task from this size on becomes an object of its own: below, sending it along
 #: is cheaper than a PUT and a GET (25 and 2 invocations' price, some 70 ms).
 MIN_UPLOAD_BYTES = 256 * 1024
+#: So many inline inputs of one invocation are moved to S3 one by one; above that, and up to so many
+#: bytes in all, they are moved together.
+MAX_SPILLS = 4
+MAX_LIST_BYTES = 64 * 2**20
 #: Uploads at the same time; each holds a sealed copy of what it uploads.
 UPLOADS = 16
 #: Hashing and sealing more than this is left to another thread.
@@ -110,12 +114,10 @@ class Encoder:
         for group in groups:
             requests.append(await self._group(group, values, inline_bytes, secrets))
         inline = [v for r in requests for v in (r.body, *r.inputs) if v.data is not None]
-        total = sum(v.size for v in inline)
-        if total > protocol.MAX_INLINE_TOTAL_BYTES:
-            total = await self._make_room(requests, inline, total)
+        await self._make_room(inline)
         request = Request(self._run, secrets, self._bucket, inline_bytes, requests)
         payload = _json(request.to_json())
-        if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs: their list is too long
+        if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs
             name = self.object_name("groups-" + protocol.key_label(groups[0].outputs[0]))
             listing = _json([r.to_json() for r in requests])
             sealed = codec.dumps(listing, self._secret, name)
@@ -229,18 +231,19 @@ class Encoder:
         )
         return Value(name, size, shared=True)
 
-    async def _make_room(
-        self, requests: list[GroupRequest], inline: list[Value], total: int
-    ) -> int:
-        """Move the largest inline values to S3 until the rest fits."""
-        jobs = []
-        for value in sorted(inline, key=lambda v: v.size, reverse=True):
-            if total <= protocol.MAX_INLINE_TOTAL_BYTES:
-                break
-            total -= value.size
-            jobs.append(self.spill(value))
-        await asyncio.gather(*jobs)
-        return total
+    async def _make_room(self, inline: list[Value]) -> None:
+        """Move the largest inline values to S3, if a few of them make the rest fit.
+
+        If it would take many, the whole list of groups, with the values in it, is one object.
+        """
+        total = sum(value.size for value in inline)
+        largest = sorted(inline, key=lambda v: v.size, reverse=True)
+        moved = 0
+        while total > protocol.MAX_INLINE_TOTAL_BYTES:
+            total -= largest[moved].size
+            moved += 1
+        if moved <= MAX_SPILLS or total + sum(v.size for v in largest[:moved]) > MAX_LIST_BYTES:
+            await asyncio.gather(*(self.spill(value) for value in largest[:moved]))
 
     # -- uploads ---------------------------------------------------------------------------------
 

@@ -286,7 +286,7 @@ def test_a_literal_of_many_tasks_is_uploaded_once(start):
 # -- what is too much ----------------------------------------------------------------------------
 
 
-def test_too_many_inline_inputs_are_moved_to_s3_until_the_rest_fits(start):
+def test_many_inline_inputs_that_do_not_fit_are_moved_to_s3_together(start):
     dsk: dict = {i: Task(i, np.full, 12_000, float(i)) for i in range(80)}
     dsk["y"] = Task("y", total, *map(TaskRef, range(80)))
     run = start(dsk, "y")
@@ -294,8 +294,8 @@ def test_too_many_inline_inputs_are_moved_to_s3_until_the_rest_fits(start):
         run.run(i)
     assert run.objects() == set()
     payload = run.run("y")
-    assert 0 < len(run.objects()) < 80
-    assert len(payload) > 0.5 * protocol.MAX_PAYLOAD_BYTES
+    assert len(run.objects()) == 1
+    assert len(payload) < 0.1 * protocol.MAX_PAYLOAD_BYTES
     assert run.value("y") == 12_000 * sum(range(80))
 
 
