@@ -65,7 +65,7 @@ def local() -> None:
 @click.option(
     "--concurrency",
     type=click.IntRange(1, 10_000),
-    help="Concurrent invocations, each a process; default: twice the cores.",
+    help="Concurrent invocations, each a process; default: three for each core.",
 )
 @click.option("--port", type=click.IntRange(1, 65_535), help="Default: a free port.")
 @as_json

@@ -237,6 +237,8 @@ class Encoder:
         If it would take many, the whole list of groups, with the values in it, is one object.
         """
         total = sum(value.size for value in inline)
+        if total <= protocol.MAX_INLINE_TOTAL_BYTES:
+            return
         largest = sorted(inline, key=lambda v: v.size, reverse=True)
         moved = 0
         while total > protocol.MAX_INLINE_TOTAL_BYTES:

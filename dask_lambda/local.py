@@ -71,8 +71,8 @@ HANDLER = "lambda_worker.handler.handler"
 DEFAULT_MEMORY = 1769
 #: Lambda's longest time-out, in seconds.
 MAX_TIMEOUT = 900
-#: Concurrent invocations for each core: one computes while the other one moves data.
-INVOCATIONS_PER_CORE = 2
+#: Concurrent invocations for each core: one computes while the others move data or wait.
+INVOCATIONS_PER_CORE = 3
 #: Seconds until a server that does not answer is given up.
 START_TIMEOUT = 60.0
 #: Seconds that stopping may take before the client ends the processes itself.
@@ -169,7 +169,7 @@ class LocalAWS:
         Parameters
         ----------
         concurrency : int, optional
-            Concurrent invocations, each one a process; default: twice the cores that this
+            Concurrent invocations, each one a process; default: three for each core that this
             process may use.
         memory, timeout : int
             Of the function, in MB and seconds.

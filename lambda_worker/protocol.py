@@ -14,6 +14,7 @@ import base64
 import hashlib
 import platform
 import threading
+import zlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,8 +214,8 @@ def versions() -> dict[str, str]:
 
 def object_name(prefix: str, run: str, label: str) -> str:
     """Return ``<shard>/<prefix>/<run>/<label>``, the S3 key of one object of a run."""
-    shard = hashlib.blake2b(label.encode(), digest_size=4).hexdigest()[:SHARD_DIGITS]
-    return f"{shard}/{prefix}/{run}/{label}"
+    shard = zlib.crc32(label.encode()) % 16**SHARD_DIGITS
+    return f"{shard:0{SHARD_DIGITS}x}/{prefix}/{run}/{label}"
 
 
 def shards() -> list[str]:

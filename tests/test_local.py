@@ -403,7 +403,7 @@ def test_threads_get_the_same_object(state: Path) -> None:
         thread.join()
     assert len(found) == 4
     assert len(set(map(id, found))) == 1
-    assert found[0].concurrency == 2 * local.available_cores()
+    assert found[0].concurrency == local.INVOCATIONS_PER_CORE * local.available_cores()
 
 
 def test_the_next_call_replaces_one_that_died(state: Path) -> None:
