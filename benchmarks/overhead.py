@@ -8,23 +8,28 @@ Three measurements, each printed as medians of several rounds:
   second of processor time.
 * *calls*: 1,000 trivial delayed calls, one invocation each, on the embedded AWS, next to
   dask.distributed with two worker processes in the same rounds, in seconds, with the ratio.
-* *client CPU*: processor time of this process for each invocation, in milliseconds, with results
-  inline and with every result through S3.
+* *client CPU*: processor time of this process for each of these invocations, in milliseconds, from
+  Dask's graph to the results, with results inline and with every result through S3.
+
+With ``--memory`` it prints what a graph of 100,000 tasks takes of the client's memory instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
+import gc
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import dask
+import psutil
+from dask.base import collections_to_expr
 from obstore.store import MemoryStore
 
 from dask_lambda import LambdaScheduler
@@ -67,7 +72,6 @@ class InstantLambda:
 
     async def invoke(self, payload: bytes) -> Reply:
         """Answer without running anything."""
-        await asyncio.sleep(0)
         started = time.thread_time()
         event = json.loads(payload)
         groups = []
@@ -104,23 +108,21 @@ class InstantBackend:
 
 
 def graph_of(collections: Any) -> tuple[Any, Any]:
-    """Return what Dask would hand a scheduler."""
-    from dask.base import collections_to_expr
-
+    """Return the graph and keys of what Dask would hand a scheduler: Dask's own work."""
     expr = collections_to_expr(collections, True).optimize()
-    return expr, list(expr.__dask_keys__())
+    return expr.__dask_graph__(), list(expr.__dask_keys__())
 
 
 def engine_rate(collections: Any) -> float:
     """Return tasks for each processor second, from the graph to the results."""
-    expr, keys = graph_of(collections)
-    expr = expr.__dask_graph__()  # making the graph is Dask's own work
+    dsk, keys = graph_of(collections)
+    gc.collect()  # of making the graph
     backend = InstantBackend()
     engine = Engine(backend)
     engine.open()
     try:
         started = time.process_time()
-        graph = normalise(materialise(expr), keys)
+        graph = normalise(materialise(dsk), keys)
         plan = make_plan(graph)
         run = engine.start(graph, plan, inline_bytes=65536)
         match run.events.get():
@@ -154,21 +156,21 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine-only", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
     rounds = range(arguments.rounds)
+    if arguments.memory:
+        print_memory()
+        return
 
-    import dask.array as da
-
-    work = {
-        "10,000 delayed calls": calls(10_000),
-        "tree reduction of 8,192 leaves": [tree(8192)],
-        "matmul, 16 x 16 blocks": [
-            da.ones((1600, 1600), chunks=100) @ da.ones((1600, 1600), chunks=100)
-        ],
+    work: dict[str, Callable[[], list[Any]]] = {
+        "10,000 delayed calls": lambda: calls(10_000),
+        "tree reduction of 8,192 leaves": lambda: [tree(8192)],
+        "matmul, 16 x 16 blocks": lambda: [matmul(16)],
     }
     print("engine alone (no network)")
-    for name, collections in work.items():
-        rates = [engine_rate(collections) for _ in rounds]
+    for name, make in work.items():
+        rates = [engine_rate(make()) for _ in rounds]
         print(f"  {name:32} {statistics.median(rates):9,.0f} tasks/s")
     if arguments.engine_only:
         return
@@ -185,16 +187,14 @@ def main() -> None:
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        s3 = LambdaScheduler(backend="local", inline_bytes=0)
-        for each in (scheduler, s3, client):  # start processes, import modules
+        graph, keys = graph_of(calls(count))
+        for each in (scheduler, client):  # start processes, import modules
             dask.compute(calls(100), scheduler=each)
         for _ in rounds:
-            wall, cpu = timed(lambda: dask.compute(calls(count), scheduler=scheduler))
-            ours.append(wall)
-            ours_cpu.append(cpu / count)
+            ours.append(timed(lambda: dask.compute(calls(count), scheduler=scheduler))[0])
             theirs.append(timed(lambda: dask.compute(calls(count), scheduler=client))[0])
-            s3_cpu.append(timed(lambda: dask.compute(calls(count), scheduler=s3))[1] / count)
-        s3.close()
+            ours_cpu.append(timed(lambda: scheduler.get(graph, keys))[1] / count)
+            s3_cpu.append(timed(lambda: scheduler.get(graph, keys, inline_bytes=0))[1] / count)
     mine, other = statistics.median(ours), statistics.median(theirs)
     print(f"{count:,} trivial delayed calls, one invocation each, on the embedded AWS")
     print(f"  dask_lambda                      {mine:9.2f} s")
@@ -212,6 +212,50 @@ def tree(leaves: int) -> Any:
     while len(level) > 1:
         level = [add(*level[i : i + 2]) for i in range(0, len(level), 2)]
     return level[0]
+
+
+def matmul(blocks: int) -> Any:
+    """Return a product of matrices of so many small blocks a side."""
+    import dask.array as da
+
+    x = da.ones((100 * blocks, 100 * blocks), chunks=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", da.PerformanceWarning)
+        return x @ x
+
+
+def print_memory() -> None:
+    """Print the memory of this process before, while and after 100,000 tasks are run."""
+    count, width = 100_000, 16
+    graph: dict[Any, Any] = {("leaf", i): (increment, i) for i in range(count)}
+    level, depth = list(graph), 0
+    while len(level) > 1:
+        level_below, level = level, []
+        for start in range(0, len(level_below), width):
+            level.append(("sum", depth, start))
+            graph[level[-1]] = (sum, level_below[start : start + width])
+        depth += 1
+    print(f"{len(graph):,} tasks, a reduction by {width}")
+    print(f"  with the graph         {megabytes():6.0f} MB")
+    engine = Engine(InstantBackend())
+    engine.open()
+    try:
+        nodes = normalise(materialise(graph), level[0])
+        plan = make_plan(nodes)
+        print(f"  with the plan          {megabytes():6.0f} MB")
+        run = engine.start(nodes, plan, inline_bytes=65536)
+        peak = 0.0
+        while run.events.empty():
+            peak = max(peak, megabytes())
+            time.sleep(0.05)
+    finally:
+        engine.close()
+    print(f"  peak during the run    {peak:6.0f} MB")
+
+
+def megabytes() -> float:
+    """Return this process's memory."""
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def div(a: float, b: float) -> float:

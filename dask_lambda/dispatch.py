@@ -17,6 +17,7 @@ import os
 import secrets as tokens
 import threading
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -134,6 +135,7 @@ class Run:
     keep_results: bool
     watch: bool
     watch_values: bool
+    shared: frozenset[Key]  # outputs that several groups read
     counts: RunCounts = field(default_factory=RunCounts)
     events: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     results: dict[Key, Any] = field(default_factory=dict)
@@ -236,6 +238,7 @@ class Engine:
         watch : bool
             Tell of each task in ``Run.events``; with ``watch_values`` with its value.
         """
+        readers = Counter(key for group in plan.groups for key in group.inputs)
         name, secret = tokens.token_hex(16), tokens.token_bytes(32)
         store = Store(self.backend.bucket)
         run = Run(
@@ -257,6 +260,7 @@ class Engine:
             keep_results=keep_results,
             watch=watch,
             watch_values=watch_values,
+            shared=frozenset(key for key, count in readers.items() if count > 1),
         )
         with self._lock:  # close() ends every run that was started before it
             if self.closed:
@@ -445,6 +449,7 @@ class Engine:
                 if value.data is None:
                     self._discard(run, [value.name])
                 continue
+            value.shared = key in run.shared
             run.values[key] = value
             data = value.data
             if data is not None:

@@ -168,7 +168,7 @@ class Encoder:
         body = Body(tasks, names, sources, list(group.outputs))
         try:
             with protocol.collect_references() as references:
-                frames = codec.serialize(body)
+                frames = codec.serialize(body.fields())
         except Exception as error:
             key = short(group.outputs[-1])
             raise UnserializableError(
@@ -182,8 +182,9 @@ class Encoder:
         for place in range(len(frames) - 1, 0, -1):
             if frames[place].nbytes >= MIN_UPLOAD_BYTES:
                 uploads.append((place, await self._frame(frames.pop(place))))
-        outputs = [self.object_name(protocol.key_label(key)) for key in group.outputs]
-        name = self.object_name("body-" + protocol.key_label(group.outputs[0]))
+        labels = [protocol.key_label(key) for key in group.outputs]
+        outputs = [self.object_name(label) for label in labels]
+        name = self.object_name("body-" + labels[0])
         sealed = codec.seal(frames, self._secret, name)
         return GroupRequest(Value(name, len(sealed), sealed), inputs, outputs, uploads[::-1])
 

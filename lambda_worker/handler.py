@@ -152,7 +152,7 @@ class Invocation:
         for (place, _), frame in zip(group.frames, extra, strict=True):
             frames.insert(place, frame[0])
         try:
-            body: Body = codec.deserialize(frames)
+            body = Body(*codec.deserialize(frames))
         except Exception as error:
             raise self._exception(group, None, error, "unpickling the task: ") from error
         return body

@@ -54,7 +54,7 @@ class Client:
         outputs = [tasks[-1].key] if outputs is None else outputs
         body = Body(list(tasks), list(inputs), list(range(len(inputs))), outputs)
         return GroupRequest(
-            self.inline(f"body-{tasks[0].key}", body),
+            self.inline(f"body-{tasks[0].key}", body.fields()),
             list(inputs.values()),
             [name_of(str(key)) for key in outputs],
         )
@@ -137,7 +137,7 @@ def test_a_group_of_several_tasks_commits_only_its_outputs_in_their_order(client
 def test_an_input_under_two_names_is_sent_once(client):
     tasks = [Task("y", lambda a, b: a + b, TaskRef("a"), TaskRef("b"))]
     group = client.group(*tasks, inputs={"a": client.put("x", 21)})
-    group.body = client.inline("body-y", Body(tasks, ["a", "b"], [0, 0], ["y"]))
+    group.body = client.inline("body-y", Body(tasks, ["a", "b"], [0, 0], ["y"]).fields())
     (said,) = client.call(group)
     assert client.load(said["outputs"][0]) == 42
 
@@ -146,7 +146,7 @@ def test_buffers_of_a_task_that_travel_as_objects_are_put_back_in_their_places(c
     arrays = [np.full(2000, i, np.uint8) for i in range(3)]
     task = Task("y", lambda *a: [int(x[0]) for x in a], *arrays)
     group = client.group(task)
-    frames = codec.serialize(Body([task], [], [], ["y"]))
+    frames = codec.serialize(Body([task], [], [], ["y"]).fields())
     assert len(frames) == 4
     uploads = []
     for place in (3, 1):

@@ -68,7 +68,7 @@ def test_inline_bytes_fit_into_lambdas_payload_with_their_base64_and_more():
 
 def test_a_body_survives_pickling():
     body = Body([Task("y", abs, TaskRef("x"))], ["x"], [0], ["y"])
-    again = pickle.loads(pickle.dumps(body))
+    again = Body(*pickle.loads(pickle.dumps(body.fields())))
     assert again.tasks[0]({"x": -1}) == 1
     assert (again.inputs, again.sources, again.outputs) == (["x"], [0], ["y"])
 
