@@ -105,7 +105,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A private directory for the state file, and no shared server left."""
     directory = tmp_path / "state"
     monkeypatch.setenv("DASK_LAMBDA_STATE_DIR", str(directory))
-    monkeypatch.setattr(local, "_singletons", {})
+    monkeypatch.setattr(local_shared, "_singletons", {})
     yield directory
     for running in local_shared._singletons.values():
         running.stop()
