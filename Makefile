@@ -42,7 +42,13 @@ demo: $(INSTALLED) ## Run the first three examples on an embedded AWS
 	    echo; echo "==> python $$example"; $(BIN)/python $$example; \
 	done
 
-test: $(INSTALLED) ## Run our tests, then a sample of Dask's own tests on Lambda
+# What tests and benchmarks put into temporary files stays in the checkout.
+test conformance bench: export TMPDIR := $(CURDIR)/$(VENV)/tmp
+
+$(VENV)/tmp: $(INSTALLED)
+	@mkdir -p $@
+
+test: $(INSTALLED) $(VENV)/tmp ## Run our tests, then a sample of Dask's own tests on Lambda
 	@echo "==> Our tests"
 	@$(BIN)/python -m pytest tests
 	@echo "==> Dask's own tests (a sample)"
@@ -55,11 +61,13 @@ lint: $(INSTALLED) ## Check style and types
 	@echo "==> mypy"
 	@$(BIN)/mypy
 
-conformance: $(INSTALLED) ## Run all of Dask's array, bag, delayed and dataframe tests on Lambda (hours)
+conformance: $(INSTALLED) $(VENV)/tmp ## Run all of Dask's array, bag, delayed and dataframe tests on Lambda (hours)
 	@$(BIN)/python -m tests.conformance --all
 
-bench: $(INSTALLED) ## Run the benchmarks
+bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.overhead
+	@$(BIN)/python -m benchmarks.overhead --memory
+	@$(BIN)/python -m benchmarks.cold_start
 
 clean: ## Remove what make made
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
