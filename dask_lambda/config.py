@@ -7,6 +7,7 @@ dash is an underscore.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
@@ -51,6 +52,7 @@ class Settings:
         """
         names = cls.names()
         check_names(overrides)
+        check_names(name.replace("-", "_") for name in dask.config.get("dask-lambda", {}))
         values = {n: dask.config.get(f"dask-lambda.{n.replace('_', '-')}", None) for n in names}
         values.update(overrides)
         settings = cls(**values)
@@ -105,10 +107,10 @@ def load_defaults() -> None:
     dask.config.update_defaults(yaml.safe_load(text))
 
 
-def check_names(overrides: dict[str, Any]) -> None:
-    """Refuse keywords that are not settings."""
+def check_names(given: Iterable[str]) -> None:
+    """Refuse names that are not settings."""
     names = Settings.names()
-    unknown = [name for name in overrides if name not in names]
+    unknown = [name for name in given if name not in names]
     if unknown:
         raise ConfigurationError(
             f"unknown setting {', '.join(map(repr, unknown))}; settings are {', '.join(names)}"

@@ -471,9 +471,16 @@ class Engine:
     # -- results ---------------------------------------------------------------------------------
 
     def _fetch(self, run: Run, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)  # what it raises is for _finish
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task = self._loop.create_task(work)
         run.fetches.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None and not run.over:
+                run.over = True  # no need to wait for the rest
+                self._handle(RunCancelled(run.name))
+                self._spawn(self._finish(run, None, None))  # which raises it
+
+        task.add_done_callback(done)
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:

@@ -80,7 +80,7 @@ class Policy:
     transient_tries: int = 8
     backoff: float = 0.1  #: before the first retry; doubles each time
     max_backoff: float = 20.0
-    throttle_patience: float = 600.0  #: throttled all the while and nothing done for so long
+    throttle_patience: float = 1000.0  #: throttled and nothing done: above the longest invocation
     decrease: float = 0.7
     decrease_interval: float = 1.0  #: one burst of throttles shrinks the limit once
 

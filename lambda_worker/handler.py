@@ -136,6 +136,8 @@ class Invocation:
             try:
                 step = next(steps, None)
             except TaskError as error:
+                if isinstance(error.__cause__, StoreError | IntegrityError):
+                    raise error.__cause__ from None  # a reference that could not be loaded
                 raise self._exception(group, error.key, error.__cause__) from error
             finally:
                 seconds += time.perf_counter() - started

@@ -179,3 +179,11 @@ def test_an_unknown_keyword_of_compute_is_refused_before_anything_starts():
     x = dask.delayed(int)("5")
     with pytest.raises(ConfigurationError, match="'memory'"):
         x.compute(scheduler=dask_lambda.LambdaScheduler(), memory=512)
+
+
+def test_a_misspelt_name_in_dasks_configuration_is_refused():
+    with (
+        dask.config.set({"dask-lambda.inline-byte": 0}),
+        pytest.raises(ConfigurationError, match="'inline_byte'.*inline_bytes"),
+    ):
+        Settings.resolve()
