@@ -196,6 +196,7 @@ class Engine:
         self.closed = False
         self._runs: dict[str, Run] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._deletes: set[asyncio.Task[Any]] = set()  # of stored results
         self._fetching = asyncio.Semaphore(FETCHES)
         self._kept: dict[str, tuple[bytes, set[str]]] = {}  # run -> secret, object names
         self._store = Store(backend.bucket)
@@ -607,7 +608,9 @@ class Engine:
         if not kept[1]:
             del self._kept[run]
             protocol.resolvers.pop(run, None)
-        self._spawn(self._delete(self._store, [name]))
+        task = self._spawn(self._delete(self._store, [name]))
+        self._deletes.add(task)
+        task.add_done_callback(self._deletes.discard)
 
     async def _delete(self, store: Store, names: list[str]) -> None:
         try:
@@ -633,7 +636,7 @@ class Engine:
         for name in self._kept:
             protocol.resolvers.pop(name, None)
         self._kept.clear()
-        await self._delete(self._store, names)
+        await asyncio.gather(*self._deletes, self._delete(self._store, names))
         for task in self._tasks:  # invocations in flight: nobody listens to them any more
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
