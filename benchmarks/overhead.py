@@ -33,10 +33,11 @@ from dask.base import collections_to_expr
 from obstore.store import MemoryStore
 
 from dask_lambda import LambdaScheduler
-from dask_lambda.dispatch import Engine, RunFailed, RunSucceeded
+from dask_lambda.dispatch import Engine
 from dask_lambda.graph import materialise, normalise
 from dask_lambda.invoke import Reply
 from dask_lambda.plan import make_plan
+from dask_lambda.run import RunFailed, RunSucceeded
 from lambda_worker import codec
 
 

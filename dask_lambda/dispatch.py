@@ -1,6 +1,6 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: state, plan, graph, failures, invoke, report, the ground.
+May import: run, state, plan, graph, encode, failures, the ground.
 
 An :class:`Engine` is one asyncio loop in one background thread, so that it works in scripts, in
 notebooks (where a loop is running already) and inside other schedulers.  All runs of a scheduler
@@ -21,15 +21,13 @@ from collections import Counter
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import errors, failures
 from dask_lambda.encode import Encoder
 from dask_lambda.graph import Graph, short
 from dask_lambda.plan import Group, Plan
-from dask_lambda.report import RunCounts
+from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
 from dask_lambda.state import (
     Event,
     Failure,
@@ -81,82 +79,6 @@ class Backend(Protocol):
 
     def check(self) -> None:
         """Raise an error that says why it cannot be reached any more, if that is known."""
-
-
-@dataclass(frozen=True, slots=True)
-class TaskStarted:
-    """A task was sent to Lambda."""
-
-    key: Key
-
-
-@dataclass(frozen=True, slots=True)
-class TaskFinished:
-    """A task is done; its value, still sealed, if the caller asked for values."""
-
-    key: Key
-    data: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class RunSucceeded:
-    """All is done and the results are at hand."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunFailed:
-    """The run failed."""
-
-    exception: BaseException
-
-
-@dataclass(eq=False)
-class Run:
-    """One graph being computed.
-
-    Attributes
-    ----------
-    events : SimpleQueue
-        What the caller hears: :class:`TaskStarted` and :class:`TaskFinished` if ``watch`` is
-        set, at last :class:`RunSucceeded` or :class:`RunFailed`.
-    results : dict
-        Sealed values of ``plan.fetch``, by key.
-    values : dict
-        Where each output is that is still needed.
-    """
-
-    graph: Graph
-    plan: Plan
-    store: Store
-    encoder: Encoder
-    name: str
-    secret: bytes
-    inline_bytes: int
-    keep_results: bool
-    watch: bool
-    watch_values: bool
-    shared: frozenset[Key]  # outputs that several groups read
-    counts: RunCounts = field(default_factory=RunCounts)
-    events: SimpleQueue[Any] = field(default_factory=SimpleQueue)
-    results: dict[Key, Any] = field(default_factory=dict)
-    values: dict[Key, Value] = field(default_factory=dict)
-    inline: dict[Key, int] = field(default_factory=dict)  # bytes of inline values
-    held: int = 0  # their sum
-    uncertain: set[str] = field(default_factory=set)  # may have been written, nobody said so
-    trash: list[str] = field(default_factory=list)
-    deleting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    delete_soon: bool = False
-    fetches: set[asyncio.Task[None]] = field(default_factory=set)
-    over: bool = False  # the outcome is known: nothing more is sent
-    drained: asyncio.Event = field(default_factory=asyncio.Event)  # nobody writes any more
-
-    def object_name(self, key: Key) -> str:
-        """Return the name under which a key's value is stored."""
-        return self.encoder.object_name(protocol.key_label(key))
-
-    def load(self, key: Key) -> Any:
-        """Decode a result, giving up its sealed bytes."""
-        return codec.loads(self.results.pop(key), self.secret, self.object_name(key))
 
 
 _process: int | None = None  # the one in which obstore's threads are

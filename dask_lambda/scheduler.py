@@ -25,19 +25,12 @@ from dask_lambda.backend import open_backend
 from dask_lambda.callbacks import Callbacks
 from dask_lambda.config import Settings, check_names
 from dask_lambda.cost import Prices
-from dask_lambda.dispatch import (
-    Engine,
-    Run,
-    RunFailed,
-    RunSucceeded,
-    TaskFinished,
-    TaskStarted,
-    claim_process,
-)
+from dask_lambda.dispatch import Engine, claim_process
 from dask_lambda.errors import ConfigurationError
 from dask_lambda.graph import Graph
 from dask_lambda.plan import make_plan
 from dask_lambda.report import RunCounts, RunReport
+from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
 from lambda_worker import codec
 from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts

@@ -1,0 +1,97 @@
+"""One graph being computed, and what its caller hears of it.
+
+May import: encode, plan, graph, report, the ground.  The record is made by
+:class:`dask_lambda.dispatch.Engine` and changed in its thread only.  The caller reads
+:attr:`Run.events` in its own thread, and after the last of them the results.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+from dask_lambda.encode import Encoder
+from dask_lambda.graph import Graph
+from dask_lambda.plan import Plan
+from dask_lambda.report import RunCounts
+from lambda_worker import codec, protocol
+from lambda_worker.protocol import Key, Value
+from lambda_worker.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStarted:
+    """A task was sent to Lambda."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFinished:
+    """A task is done; its value, still sealed, if the caller asked for values."""
+
+    key: Key
+    data: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSucceeded:
+    """All is done and the results are at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailed:
+    """The run failed."""
+
+    exception: BaseException
+
+
+@dataclass(eq=False)
+class Run:
+    """One graph being computed.
+
+    Attributes
+    ----------
+    events : SimpleQueue
+        What the caller hears: :class:`TaskStarted` and :class:`TaskFinished` if ``watch`` is
+        set, at last :class:`RunSucceeded` or :class:`RunFailed`.
+    results : dict
+        Sealed values of ``plan.fetch``, by key.
+    values : dict
+        Where each output is that is still needed.
+    """
+
+    graph: Graph
+    plan: Plan
+    store: Store
+    encoder: Encoder
+    name: str
+    secret: bytes
+    inline_bytes: int
+    keep_results: bool
+    watch: bool
+    watch_values: bool
+    shared: frozenset[Key]  # outputs that several groups read
+    counts: RunCounts = field(default_factory=RunCounts)
+    events: SimpleQueue[Any] = field(default_factory=SimpleQueue)
+    results: dict[Key, Any] = field(default_factory=dict)
+    values: dict[Key, Value] = field(default_factory=dict)
+    inline: dict[Key, int] = field(default_factory=dict)  # bytes of inline values
+    held: int = 0  # their sum
+    uncertain: set[str] = field(default_factory=set)  # may have been written, nobody said so
+    trash: list[str] = field(default_factory=list)
+    deleting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    delete_soon: bool = False
+    fetches: set[asyncio.Task[None]] = field(default_factory=set)
+    over: bool = False  # the outcome is known: nothing more is sent
+    drained: asyncio.Event = field(default_factory=asyncio.Event)  # nobody writes any more
+
+    def object_name(self, key: Key) -> str:
+        """Return the name under which a key's value is stored."""
+        return self.encoder.object_name(protocol.key_label(key))
+
+    def load(self, key: Key) -> Any:
+        """Decode a result, giving up its sealed bytes."""
+        return codec.loads(self.results.pop(key), self.secret, self.object_name(key))
