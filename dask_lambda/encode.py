@@ -1,4 +1,6 @@
-"""From groups to the payload of an invocation.  May import: graph, plan, errors, the ground.
+"""From groups to the payload of an invocation.
+
+May import: pickling, graph, plan, errors, the ground.
 
 Lambda takes 6 MB in one synchronous request, so everything is measured before it is sent.  What
 does not fit goes through S3, once: large buffers inside a task (chunks of ``from_array``) and
@@ -16,6 +18,7 @@ from typing import Any
 
 from dask_lambda.errors import PayloadTooLargeError, UnserializableError
 from dask_lambda.graph import Graph, short
+from dask_lambda.pickling import FunctionCache
 from dask_lambda.plan import Group
 from lambda_worker import codec, protocol
 from lambda_worker.protocol import Body, GroupRequest, Key, Reference, Request, Value
@@ -73,6 +76,7 @@ class Encoder:
         self._bucket = bucket
         self._run = run
         self._secret = secret
+        self._functions = FunctionCache()
         self._uploading = asyncio.Semaphore(UPLOADS)
         self._uploads: dict[str, asyncio.Task[int]] = {}
         self._literals: dict[Key, asyncio.Task[Value]] = {}
@@ -168,7 +172,7 @@ class Encoder:
         body = Body(tasks, names, sources, list(group.outputs))
         try:
             with protocol.collect_references() as references:
-                frames = codec.serialize(body.fields())
+                frames = codec.serialize(body.fields(), self._functions.dumps)
         except Exception as error:
             key = short(group.outputs[-1])
             raise UnserializableError(

@@ -21,7 +21,8 @@ from __future__ import annotations
 import hmac
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import cloudpickle
@@ -41,8 +42,17 @@ _NO_TAG = bytes(TAG_BYTES)
 _PADDING = bytes(ALIGNMENT)
 
 
-def serialize(value: object) -> list[memoryview]:
+_dumps: Callable[..., bytes] = partial(cloudpickle.dumps, protocol=5)
+
+
+def serialize(value: object, dumps: Callable[..., bytes] = _dumps) -> list[memoryview]:
     """Pickle a value into frames.
+
+    Parameters
+    ----------
+    value : object
+    dumps : callable
+        Pickles with protocol 5, and takes a ``buffer_callback``.
 
     Returns
     -------
@@ -62,7 +72,7 @@ def serialize(value: object) -> list[memoryview]:
         buffers.append(view)
         return False
 
-    stream = cloudpickle.dumps(value, protocol=5, buffer_callback=out_of_band)
+    stream = dumps(value, buffer_callback=out_of_band)
     return [memoryview(stream), *buffers]
 
 

@@ -18,7 +18,7 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
     *("__main__", "cli", "__init__", "scheduler", "dispatch", "run"),
-    *("invoke", "encode", "failures", "state", "plan", "graph"),
+    *("invoke", "encode", "pickling", "failures", "state", "plan", "graph"),
     *("report", "cost", "config", "errors"),
 ]
 #: The ground, likewise.
