@@ -18,6 +18,7 @@ from urllib.parse import quote
 import aiohttp
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
+from yarl import URL
 
 from dask_lambda import failures
 from dask_lambda.state import Failure
@@ -90,6 +91,8 @@ class LambdaInvoker:
         base = endpoint_url or f"https://lambda.{region}.amazonaws.com"
         name = quote(function, safe="")
         self.url = f"{base.rstrip('/')}/2015-03-31/functions/{name}/invocations"
+        # As it is signed: the colons of an ARN stay escaped.
+        self._encoded_url = URL(self.url, encoded=True)
         self.timeout = timeout
         self.memory_mb: int | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -155,7 +158,7 @@ class LambdaInvoker:
         frozen = self.credentials.get_frozen_credentials()
         SigV4Auth(frozen, "lambda", self.region).add_auth(request)
         async with self._session.post(
-            self.url, data=payload, headers=dict(request.headers.items())
+            self._encoded_url, data=payload, headers=dict(request.headers.items())
         ) as response:
             return response.status, response.headers, await response.read()
 
