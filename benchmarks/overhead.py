@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import neg
 from typing import Any
 
 import dask
@@ -165,7 +166,8 @@ def main() -> None:
         return
 
     work: dict[str, Callable[[], list[Any]]] = {
-        "10,000 delayed calls": lambda: calls(10_000),
+        "10,000 calls of this module": lambda: calls(10_000),
+        "10,000 calls of a library": lambda: [dask.delayed(neg)(i) for i in range(10_000)],
         "tree reduction of 8,192 leaves": lambda: [tree(8192)],
         "matmul, 16 x 16 blocks": lambda: [matmul(16)],
     }
