@@ -18,7 +18,7 @@ import secrets as tokens
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
@@ -188,7 +188,7 @@ class Engine:
         with self._lock:  # close() ends every run that was started before it
             if self.closed:
                 raise errors.InvocationError("the scheduler was closed")
-            self._loop.call_soon_threadsafe(self._start, run)
+            self._loop.call_soon_threadsafe(self._safely, self._start, run)
         return run
 
     def cancel(self, run: Run, patience: float) -> None:
@@ -231,7 +231,6 @@ class Engine:
 
     def _work(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.set_exception_handler(lambda _, context: self._panic(context))
         try:
             self._loop.run_forever()
         finally:
@@ -241,10 +240,16 @@ class Engine:
     def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _panic(self, context: dict[str, Any]) -> None:
+    def _safely(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function of ours from the loop, which would only log what it raises."""
+        try:
+            function(*arguments)
+        except Exception as error:  # noqa: BLE001  told to all callers
+            self._panic(error)
+
+    def _panic(self, error: BaseException) -> None:
         """End all runs after an error that nobody expected: better than to hang."""
-        error = context.get("exception") or RuntimeError(context.get("message"))
-        logger.error("the engine failed: %s", context.get("message"), exc_info=error)
+        logger.error("the engine failed", exc_info=error)
         for run in self._runs.values():
             run.over = True
             run.events.put(RunFailed(error))
@@ -289,7 +294,8 @@ class Engine:
                 case RunDrained(name):
                     self._runs[name].drained.set()
                 case Wake(at):
-                    self._loop.call_later(at - time.monotonic(), self._handle, TimePassed(at))
+                    delay = at - time.monotonic()
+                    self._loop.call_later(delay, self._safely, self._handle, TimePassed(at))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)
@@ -300,7 +306,7 @@ class Engine:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._panic({"message": f"{task.get_coro()!r} raised", "exception": error})
+            self._panic(error)
 
     # -- one invocation --------------------------------------------------------------------------
 
@@ -396,14 +402,14 @@ class Engine:
     def _fetch(self, run: Run, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         run.fetches.add(task)
+        task.add_done_callback(lambda task: self._safely(self._fetched, run, task))
 
-        def done(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and task.exception() is not None and not run.over:
-                run.over = True  # no need to wait for the rest
-                self._handle(RunCancelled(run.name))
-                self._spawn(self._finish(run, None, None))  # which raises it
-
-        task.add_done_callback(done)
+    def _fetched(self, run: Run, task: asyncio.Task[None]) -> None:
+        """End a run whose result cannot be had, without waiting for the rest."""
+        if not task.cancelled() and task.exception() is not None and not run.over:
+            run.over = True
+            self._handle(RunCancelled(run.name))
+            self._spawn(self._finish(run, None, None))  # which raises it
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:

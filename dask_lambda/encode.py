@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from dask_lambda.errors import PayloadTooLargeError, UnserializableError
 from dask_lambda.graph import Graph, short
@@ -35,6 +35,9 @@ MAX_LIST_BYTES = 64 * 2**20
 UPLOADS = 16
 #: Hashing and sealing more than this is left to another thread.
 MIN_THREAD_BYTES = 1024 * 1024
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 _to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
@@ -199,14 +202,8 @@ class Encoder:
             reference = graph.stored[key]
             secrets[protocol.run_of(reference.name)] = self.secret_of(reference)
             return Value(reference.name, reference.size, shared=True)
-        if key not in self._literals:
-            work = self._literal(key, graph.literals[key], inline_bytes)
-            self._literals[key] = asyncio.get_running_loop().create_task(work)
-        try:
-            return await self._literals[key]
-        except BaseException:
-            self._literals.pop(key, None)  # so that a retry uploads again
-            raise
+        literal = graph.literals[key]
+        return await _once(self._literals, key, lambda: self._literal(key, literal, inline_bytes))
 
     async def _literal(self, key: Key, literal: Any, inline_bytes: int) -> Value:
         name = self.object_name("literal-" + protocol.key_label(key))
@@ -256,14 +253,7 @@ class Encoder:
 
     async def _upload(self, name: str, sealed: Callable[[], Any], size: int = 0) -> int:
         """Put an object once, however often this is called; return its size."""
-        if name not in self._uploads:
-            work = self._put(name, sealed, size)
-            self._uploads[name] = asyncio.get_running_loop().create_task(work)
-        try:
-            return await self._uploads[name]
-        except BaseException:
-            self._uploads.pop(name, None)  # so that a retry uploads again
-            raise
+        return await _once(self._uploads, name, lambda: self._put(name, sealed, size))
 
     async def _put(self, name: str, sealed: Callable[[], Any], size: int) -> int:
         async with self._uploading:
@@ -271,6 +261,16 @@ class Encoder:
             self.written.add(name)
             await self._store.put_new_async(name, data)
             return len(data)
+
+
+async def _once(
+    tasks: dict[K, asyncio.Task[T]], key: K, work: Callable[[], Coroutine[Any, Any, T]]
+) -> T:
+    """Do some work once for all who ask for it; anew after it has failed."""
+    task = tasks.get(key)
+    if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+        task = tasks[key] = asyncio.get_running_loop().create_task(work())
+    return await task
 
 
 async def _in_thread(size: int, work: Callable[[], Any]) -> Any:

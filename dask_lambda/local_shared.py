@@ -134,7 +134,7 @@ def start_shared(**settings: Any) -> LocalAWS:
         aws = LocalAWS.start(**{**settings, "detach": True})
         try:
             _write_state(aws._state())
-        except BaseException:
+        except BaseException:  # Ctrl-C among them: nobody would know of it, so it must not run on
             aws.stop()
             raise
         return aws

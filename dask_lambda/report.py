@@ -24,7 +24,7 @@ class RunReport:
     cold_starts : int
         Invocations that met a new execution environment.
     retries : int
-        Invocations beyond the first one of their group.
+        Requests beyond the first one of their group, after whatever failure.
     throttles : int
         Requests that Lambda refused with 429.
     speculative : int

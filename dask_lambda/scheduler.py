@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import time
 import weakref
@@ -78,7 +77,6 @@ class LambdaScheduler:
         self._overrides = settings
         self._engines: dict[tuple[Any, ...], Engine] = {}
         self._lock = threading.Lock()
-        self._pid = os.getpid()
         self._contexts: list[Any] = []
         self.last_report: RunReport | None = None
 
@@ -298,10 +296,6 @@ class LambdaScheduler:
             settings.timeout,
         )
         claim_process()
-        if self._pid != os.getpid():  # after a fork the engine's thread is not there
-            self._lock = threading.Lock()
-            self._engines = {}
-            self._pid = os.getpid()
         with self._lock:
             engine = self._engines.get(connection)
             if engine is not None and not engine.closed and engine.backend.is_alive():
@@ -309,7 +303,7 @@ class LambdaScheduler:
             engine = Engine(open_backend(settings))
             try:
                 engine.open()
-            except BaseException:
+            except BaseException:  # Ctrl-C among them: its thread must not live on
                 engine.close()
                 raise
             self._engines[connection] = engine
