@@ -1,6 +1,6 @@
 """The Lambda API: one signed HTTP request for each invocation.
 
-May import: failures, the ground, aiohttp, botocore.  aiohttp and botocore's signer take a
+May import: failures, config, the ground, aiohttp, botocore.  aiohttp and botocore's signer take a
 quarter of the CPU that boto3 takes for an Invoke, and never send one twice by themselves: whether
 to try again is decided in :mod:`dask_lambda.state`.
 """
@@ -21,10 +21,9 @@ from botocore.awsrequest import AWSRequest
 from yarl import URL
 
 from dask_lambda import failures
+from dask_lambda.config import MAX_TIMEOUT
 from dask_lambda.state import Failure
 
-#: Lambda's longest time-out, in seconds (Lambda quotas).
-MAX_FUNCTION_TIMEOUT = 900.0
 #: How much longer than the function's time-out the client waits for an answer: the start of an
 #: environment (up to 10 s of init, once more on failure) and the way there and back.
 TIMEOUT_MARGIN = 60.0
@@ -83,7 +82,7 @@ class LambdaInvoker:
         region: str,
         credentials: Any,
         endpoint_url: str | None = None,
-        timeout: float = MAX_FUNCTION_TIMEOUT,
+        timeout: float = MAX_TIMEOUT,
     ):
         self.function = function
         self.region = region

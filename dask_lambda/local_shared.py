@@ -1,9 +1,9 @@
 """Which embedded AWS a process uses: its own, or one that is kept running for several.
 
-May import: the standard library, :mod:`dask_lambda.local`, errors.  A process has one at most
-for each set of settings.  The one that is kept running (``dask-lambda local start``) is described
-in a state file of the user's; it is alive as long as its supervisor holds a lock, so that a stale
-file deceives nobody.
+May import: the standard library, :mod:`dask_lambda.local`, local_start, local_process, errors.  A
+process has one at most for each set of settings.  The one that is kept running (``dask-lambda local
+start``) is described in a state file of the user's; it is alive as long as its supervisor holds a
+lock, so that a stale file deceives nobody.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dask_lambda.errors import ConfigurationError, LocalAWSError
-from dask_lambda.local import LocalAWS, fingerprint, lock_is_held, terminate, worker_code
+from dask_lambda.local import LocalAWS
+from dask_lambda.local_process import lock_is_held, terminate
+from dask_lambda.local_start import fingerprint, worker_code
 
 __all__ = ["local_aws", "shared_status", "start_shared", "state_directory", "stop_shared"]
 

@@ -21,12 +21,12 @@ import pytest
 import yaml
 
 import dask_lambda
-from dask_lambda import local
+from dask_lambda import local_start
 from dask_lambda.config import Settings
 from dask_lambda.local import LocalAWS
 from dask_lambda.local_shared import local_aws
 
-ROOT = Path(local.__file__).parents[1]
+ROOT = Path(local_start.__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -126,11 +126,11 @@ def deploy(aws: LocalAWS) -> Iterator[Callable[..., str]]:
 
     def deploy(
         files: dict[str, str] | None = None,
-        handler: str = local.HANDLER,
+        handler: str = local_start.HANDLER,
         timeout: int = 60,
         environment: dict[str, str] | None = None,
     ) -> str:
-        buffer = io.BytesIO(local.worker_code())
+        buffer = io.BytesIO(local_start.worker_code())
         with zipfile.ZipFile(buffer, "a") as archive:
             for name, source in (files or {}).items():
                 archive.writestr(name, source)
@@ -143,7 +143,7 @@ def deploy(aws: LocalAWS) -> Iterator[Callable[..., str]]:
             Code={"ZipFile": buffer.getvalue()},
             MemorySize=aws.memory,
             Timeout=timeout,
-            Environment={"Variables": {**local.FUNCTION_ENVIRONMENT, **(environment or {})}},
+            Environment={"Variables": {**local_start.FUNCTION_ENVIRONMENT, **(environment or {})}},
         )
         made.append(name)
         return name

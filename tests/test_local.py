@@ -26,6 +26,7 @@ from dask_lambda import local, local_shared
 from dask_lambda.errors import ConfigurationError, LocalAWSError
 from dask_lambda.local import LocalAWS
 from dask_lambda.local_shared import local_aws, shared_status, start_shared, stop_shared
+from dask_lambda.local_start import INVOCATIONS_PER_CORE, available_cores
 
 pytestmark = pytest.mark.local
 
@@ -403,7 +404,7 @@ def test_threads_get_the_same_object(state: Path) -> None:
         thread.join()
     assert len(found) == 4
     assert len(set(map(id, found))) == 1
-    assert found[0].concurrency == local.INVOCATIONS_PER_CORE * local.available_cores()
+    assert found[0].concurrency == INVOCATIONS_PER_CORE * available_cores()
 
 
 def test_the_next_call_replaces_one_that_died(state: Path) -> None:
