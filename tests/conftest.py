@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import io
 import os
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from dask_lambda import local_start
 from dask_lambda.config import Settings
 from dask_lambda.local import LocalAWS
 from dask_lambda.local_shared import local_aws
+from tests.helpers import eventually
 
 ROOT = Path(local_start.__file__).parents[1]
 
@@ -68,21 +68,6 @@ def aws() -> LocalAWS:
     )
 
 
-def _eventually(condition: Callable[[], object], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-@pytest.fixture(scope="session")
-def eventually() -> Callable[..., bool]:
-    """``eventually(condition, seconds=20)``: whether it becomes true within that time."""
-    return _eventually
-
-
 @pytest.fixture(scope="session")
 def bucket_names(aws: LocalAWS) -> Callable[[], list[str]]:
     """``bucket_names()``: the names of all objects in the bucket, asked of S3 itself."""
@@ -105,7 +90,7 @@ def _leaves_the_bucket_empty(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if names():
         gc.collect()  # persisted collections may hang in reference cycles
-        if not _eventually(lambda: not names(), 5):
+        if not eventually(lambda: not names(), 5):
             left = names()
             delete = aws.client("s3").delete_object
             for name in left:  # the next test is not to blame

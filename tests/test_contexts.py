@@ -27,12 +27,11 @@ from dask import delayed
 import dask_lambda
 from dask_lambda import LambdaScheduler, lambda_get
 from dask_lambda.local import LocalAWS
+from tests.helpers import eventually
 
 pytestmark = pytest.mark.local
 uses_bucket = True
 ROOT = Path(dask_lambda.__file__).parents[1]
-
-Eventually = Callable[..., bool]
 
 
 def inc(x: Any) -> Any:
@@ -212,9 +211,7 @@ delayed(slow)(sys.argv[1]).compute(scheduler=lambda_get)
 """
 
 
-def test_ctrl_c_ends_the_program_at_once_with_all_its_processes(
-    tmp_path: Path, eventually: Eventually
-) -> None:
+def test_ctrl_c_ends_the_program_at_once_with_all_its_processes(tmp_path: Path) -> None:
     mark, temporary = tmp_path / "mark", tmp_path / "temporary"
     temporary.mkdir()
     process = run_python(INTERRUPTED, str(mark), temporary=temporary)
@@ -238,7 +235,7 @@ def test_ctrl_c_ends_the_program_at_once_with_all_its_processes(
 
 
 def test_after_ctrl_c_the_next_run_works(
-    tmp_path: Path, eventually: Eventually, bucket_names: Callable[[], list[str]]
+    tmp_path: Path, bucket_names: Callable[[], list[str]]
 ) -> None:
     mark, gate = tmp_path / "mark", tmp_path / "gate"
 
@@ -281,9 +278,7 @@ if sys.argv[1] == "failed":
 
 
 @pytest.mark.parametrize("way", ["logged", "failed"])
-def test_the_end_of_the_program_leaves_no_process_and_no_file(
-    tmp_path: Path, eventually: Eventually, way: str
-) -> None:
+def test_the_end_of_the_program_leaves_no_process_and_no_file(tmp_path: Path, way: str) -> None:
     before = {process.pid for process in psutil.process_iter()}
     process = run_python(ENDS, way, temporary=tmp_path)
     try:
@@ -323,7 +318,7 @@ def test_a_run_says_nothing_once_it_is_connected(
     assert not [record for record in caplog.records if record.levelno >= logging.INFO]
 
 
-def test_closing_ends_a_run_in_another_thread(tmp_path: Path, eventually: Eventually) -> None:
+def test_closing_ends_a_run_in_another_thread(tmp_path: Path) -> None:
     mark, gate = tmp_path / "mark", tmp_path / "gate"
 
     @delayed

@@ -14,22 +14,16 @@ import numpy as np
 import pytest
 from dask import delayed
 
-from dask_lambda import LambdaScheduler, RunReport, lambda_get, last_report
+from dask_lambda import LambdaScheduler, lambda_get
 from dask_lambda.local import LocalAWS
+from tests.helpers import eventually, report
 
 pytestmark = pytest.mark.local
 uses_bucket = True
 
 Names = Callable[[], list[str]]
-Eventually = Callable[..., bool]
 
 MB = 10**6
-
-
-def report() -> RunReport:
-    found = last_report()
-    assert found is not None
-    return found
 
 
 def inc(x: Any) -> Any:
@@ -176,7 +170,7 @@ def test_after_success_the_bucket_is_empty(inline_bytes: int, bucket_names: Name
 
 
 def test_after_a_failure_the_bucket_is_empty_and_stays_so(
-    bucket_names: Names, eventually: Eventually, tmp_path: Path
+    bucket_names: Names, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
     slow_is_done = tmp_path / "done"

@@ -12,9 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import botocore.session
@@ -27,6 +26,7 @@ from dask_lambda.errors import ConfigurationError, LocalAWSError
 from dask_lambda.local import LocalAWS
 from dask_lambda.local_shared import local_aws, shared_status, start_shared, stop_shared
 from dask_lambda.local_start import INVOCATIONS_PER_CORE, available_cores
+from tests.helpers import eventually
 
 pytestmark = pytest.mark.local
 
@@ -72,15 +72,6 @@ def invoke(aws: LocalAWS, event: object) -> object:
 def processes(aws_pid: int) -> list[psutil.Process]:
     supervisor = psutil.Process(aws_pid)
     return [supervisor, *supervisor.children(recursive=True)]
-
-
-def eventually(condition: Callable[[], object], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def gone(process: psutil.Process) -> bool:

@@ -22,13 +22,13 @@ from dask import delayed
 import dask_lambda
 from dask_lambda import LambdaScheduler, lambda_get, last_report
 from dask_lambda.errors import LostDataError
+from tests.helpers import eventually
 
 pytestmark = pytest.mark.local
 ROOT = Path(dask_lambda.__file__).parents[1]
 uses_bucket = True
 
 Names = Callable[[], list[str]]
-Eventually = Callable[..., bool]
 
 
 def given() -> da.Array:
@@ -68,7 +68,6 @@ def test_results_stay_in_s3_until_the_collection_is_gone(
     use: Callable[[Any], Any],
     count: int,
     bucket_names: Names,
-    eventually: Eventually,
 ) -> None:
     expected = make().compute(scheduler="sync")
     expected_use = use(make()).compute(scheduler="sync")
@@ -112,9 +111,7 @@ def test_a_load_does_not_take_an_invocation_of_its_own(bucket_names: Names) -> N
     assert len(bucket_names()) == 1
 
 
-def test_what_was_made_from_a_collection_keeps_its_objects(
-    bucket_names: Names, eventually: Eventually
-) -> None:
+def test_what_was_made_from_a_collection_keeps_its_objects(bucket_names: Names) -> None:
     kept = blocks().persist(scheduler=lambda_get)
     later = kept[:2] * 2
     again = kept.persist(scheduler=lambda_get)
@@ -198,9 +195,7 @@ def test_closing_deletes_what_was_persisted_and_says_so_later(bucket_names: Name
     scheduler.close()
 
 
-def test_a_failure_while_persisting_leaves_nothing(
-    bucket_names: Names, eventually: Eventually
-) -> None:
+def test_a_failure_while_persisting_leaves_nothing(bucket_names: Names) -> None:
     broken = blocks().map_blocks(lambda b: 1 / 0 if b[0, 0] else b, dtype=float, meta=np.ones(1))
     with pytest.raises(ZeroDivisionError):
         broken.persist(scheduler=lambda_get)
