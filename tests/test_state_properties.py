@@ -1,0 +1,290 @@
+"""The engine's decisions under whatever may happen, in whatever order."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dask_lambda.plan import Group
+from dask_lambda.state import (
+    Event,
+    Failure,
+    FailureKind,
+    GroupsAdded,
+    InvocationEnded,
+    Invoke,
+    Policy,
+    Release,
+    RunCancelled,
+    RunDrained,
+    RunEnded,
+    State,
+    TimePassed,
+    Wake,
+    WindowChanged,
+)
+
+
+@dataclass
+class Model:
+    """What must hold for one run, told by the test and not by the machine."""
+
+    name: str
+    batches: list[list[Group]]  # to be added, in this order
+    keep: frozenset[str]
+    added: list[Group] = field(default_factory=list)
+    available: set[str] = field(default_factory=set)
+    released: set[str] = field(default_factory=set)
+    done: set[Group] = field(default_factory=set)
+    flying: set[Group] = field(default_factory=set)
+    delayed: dict[Group, float] = field(default_factory=dict)  # until then at the latest
+    failures: dict[Group, Counter] = field(default_factory=lambda: defaultdict(Counter))
+    starts: Counter = field(default_factory=Counter)
+    opened: bool = False
+    last: bool = False
+    outcome: str = ""  # "done", "failed", "cancelled"
+    drained: bool = False
+
+    def readers(self, key: str) -> list[Group]:
+        return [g for g in self.added if key in g.inputs and g not in self.done]
+
+
+@st.composite
+def models(draw, name: str) -> Model:
+    count = draw(st.integers(0, 9))
+    priorities = draw(st.permutations(range(count)))
+    groups: list[Group] = []
+    keys: list[str] = []
+    for i in range(count):
+        inputs = draw(st.lists(st.sampled_from(keys), unique=True, max_size=4)) if keys else []
+        outputs = [f"{i}{letter}" for letter in "xyz"[: draw(st.integers(1, 3))]]
+        groups.append(
+            Group(
+                tuple(f"{key}-task" for key in outputs),
+                tuple(inputs),
+                tuple(outputs),
+                priorities[i],
+                draw(st.integers(0, 2)),
+            )
+        )
+        keys += outputs
+    cuts = sorted(draw(st.lists(st.integers(0, count), max_size=2)))
+    bounds = [0, *cuts, count]
+    batches = [groups[a:b] for a, b in itertools.pairwise(bounds)]
+    for batch in batches:  # within one event any order will do
+        batch[:] = draw(st.permutations(batch))
+    keep = draw(st.frozensets(st.sampled_from(keys))) if keys else frozenset()
+    return Model(name, batches, keep)
+
+
+DONE = None
+OUTCOMES = [DONE] * 6 + [Failure(kind) for kind in FailureKind]
+POLICY = Policy(deaths=1, transient_tries=3, backoff=0.5, max_backoff=4.0, throttle_patience=1e9)
+
+
+class Play:
+    """Drives the machine with whatever hypothesis chooses and checks all that is known."""
+
+    def __init__(self, runs: list[Model], window: int, seed: int):
+        self.state = State(window, POLICY, seed)
+        self.window = window
+        self.runs = {run.name: run for run in runs}
+        self.now = 0.0
+        self.flying: dict[int, Invoke] = {}
+        self.answered: set[int] = set()
+        self.timers: list[float] = []
+        self.expected_failure: tuple[str, Group, Failure] | None = None
+
+    def handle(self, event: Event) -> None:
+        room = len(self.flying)
+        seen_end = {run.name for run in self.runs.values() if run.outcome}
+        for instruction in self.state.handle(event, self.now):
+            match instruction:
+                case Invoke(invocation, name, groups, tries):
+                    run, (it,) = self.runs[name], groups
+                    assert not run.outcome, "nothing is started for an ended run"
+                    assert invocation not in self.flying
+                    assert invocation not in self.answered
+                    assert it in run.added
+                    assert it not in run.done
+                    assert it not in run.flying
+                    assert set(it.inputs) <= run.available - run.released
+                    assert tries == run.starts[it]
+                    run.starts[it] += 1
+                    run.flying.add(it)
+                    run.delayed.pop(it, None)
+                    self.flying[invocation] = instruction
+                    room += 1
+                    assert room <= self.window
+                case Release(name, keys):
+                    run = self.runs[name]
+                    assert run.last
+                    assert name not in seen_end
+                    for key in keys:
+                        assert key in run.available - run.released
+                        assert key not in run.keep
+                        assert not run.readers(key)
+                        run.released.add(key)
+                case RunEnded(name, failure, which):
+                    run = self.runs[name]
+                    assert not run.outcome, "a run ends once"
+                    if failure is None:
+                        assert run.last
+                        assert run.done == set(run.added)
+                        run.outcome = "done"
+                    else:
+                        assert self.expected_failure == (name, which, failure)
+                        self.expected_failure = None
+                        run.outcome = "failed"
+                case RunDrained(name):
+                    run = self.runs[name]
+                    assert run.outcome
+                    assert not run.drained, "a run is drained once"
+                    assert not any(invoke.run == name for invoke in self.flying.values())
+                    run.drained = True
+                case Wake(at):
+                    self.timers.append(at)
+        self.check()
+
+    def check(self) -> None:
+        self.state.validate()
+        assert self.expected_failure is None, "a failure that nothing can mend ends the run"
+        assert set(self.state.in_flight) == set(self.flying)
+        known = {run.name for run in self.runs.values() if run.opened}
+        drained = {run.name for run in self.runs.values() if run.drained}
+        assert set(self.state.runs) <= known - drained
+        startable = 0
+        for run in self.runs.values():
+            if run.outcome:
+                assert run.drained == (not run.flying)
+                continue
+            if run.last:
+                assert run.done != set(run.added), "a run with nothing left to do has not ended"
+                for key in run.available - run.released - run.keep:
+                    assert run.readers(key), f"{key} is not needed and was not released"
+            for it in run.added:
+                idle = it not in run.done and it not in run.flying
+                if idle and set(it.inputs) <= run.available:
+                    startable += run.delayed.get(it, 0.0) <= self.now
+                    if run.delayed.get(it, 0.0) > self.now:
+                        assert self.timers or self.flying, "nobody will wake it"
+        if startable:
+            limit = min(self.window, max(1, int(self.state.limit)))
+            assert len(self.flying) >= limit, "there is room, and a group that is ready"
+
+    # -- what may happen ---------------------------------------------------------------------
+
+    def add(self, run: Model) -> None:
+        batch = run.batches.pop(0)
+        run.added += batch
+        run.opened, run.last = True, not run.batches
+        keep = run.keep & {key for it in batch for key in it.outputs}
+        self.handle(GroupsAdded(run.name, batch, keep, run.last))
+
+    def end(self, invocation: int, outcome: Failure | None) -> None:
+        invoke = self.flying.pop(invocation)
+        self.answered.add(invocation)
+        run, (it,) = self.runs[invoke.run], invoke.groups
+        run.flying.remove(it)
+        if not run.outcome:
+            if outcome is None:
+                run.done.add(it)
+                run.available.update(it.outputs)
+            else:
+                counts = run.failures[it]
+                counts[outcome.kind] += 1
+                count = counts[outcome.kind]
+                allowed = {
+                    FailureKind.TASK: it.retries,
+                    FailureKind.DEATH: POLICY.deaths + it.retries,
+                    FailureKind.TRANSIENT: POLICY.transient_tries - 1,
+                    FailureKind.THROTTLED: float("inf"),
+                    FailureKind.FATAL: 0,
+                }[outcome.kind]
+                if count > allowed:
+                    self.expected_failure = (run.name, it, outcome)
+                else:
+                    bound = min(POLICY.max_backoff, POLICY.backoff * 2.0 ** min(count - 1, 50))
+                    run.delayed[it] = self.now + bound
+        self.handle(InvocationEnded(invocation, (outcome,)))
+
+    def wake(self) -> None:
+        at = min(self.timers)
+        self.timers.remove(at)
+        self.now = max(self.now, at)
+        self.handle(TimePassed(at))
+
+    def cancel(self, run: Model) -> None:
+        if run.opened and not run.outcome:
+            run.outcome = "cancelled"
+        self.handle(RunCancelled(run.name))
+
+    def change_window(self, window: int) -> None:
+        self.window = max(window, len(self.flying))  # for what is in flight already
+        self.handle(WindowChanged(window))
+        self.window = window
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(data=st.data())
+def test_whatever_happens_in_whatever_order_the_rules_hold(data):
+    draw = data.draw
+    runs = [draw(models(name)) for name in "rst"[: draw(st.integers(1, 3))]]
+    play = Play(runs, draw(st.integers(1, 5)), draw(st.integers(0, 3)))
+    for _ in range(draw(st.integers(0, 40))):
+        actions = []
+        actions += [("add", run) for run in runs if run.batches and not run.outcome]
+        actions += [("end", invocation) for invocation in play.flying] * 3
+        actions += [("wake", None)] if play.timers else []
+        actions += [("step", None), ("window", None)]
+        actions += [("cancel", run) for run in runs] if draw(st.integers(0, 9)) == 9 else []
+        action, what = draw(st.sampled_from(actions))
+        match action:
+            case "add":
+                play.add(what)
+            case "end":
+                play.end(what, draw(st.sampled_from(OUTCOMES)))
+            case "wake":
+                play.wake()
+            case "step":
+                play.now += draw(st.sampled_from([0.0, 0.1, 1.0]))
+            case "window":
+                if draw(st.booleans()) and len(play.flying) <= play.window:
+                    play.change_window(draw(st.integers(1, 5)))
+            case "cancel":
+                play.cancel(what)
+    # From here on all goes well, and every run must come to its end.
+    for _ in range(1000):
+        waiting = [run for run in runs if run.batches and not run.outcome]
+        if waiting:
+            play.add(waiting[0])
+        elif play.flying:
+            play.end(next(iter(play.flying)), DONE)
+        elif all(run.drained for run in runs):
+            break
+        else:
+            assert play.timers, "a run that nothing moves any more"
+            play.wake()
+    else:
+        pytest.fail("the runs do not end")
+    while play.timers:
+        play.wake()
+    for run in runs:
+        if run.outcome == "done":
+            assert run.done == set(run.added)
+            assert run.available - run.released == run.keep & run.available
+            assert run.starts == Counter(
+                {it: 1 + sum(run.failures[it].values()) for it in run.added}
+            )
+    assert list(play.state.runs) == []
+    assert not play.state.in_flight
