@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import dask.config
 import yaml
@@ -36,7 +36,7 @@ class Settings:
     endpoint_url: str | None
     concurrency: int | None
     inline_bytes: int
-    plan: str
+    plan: Literal["none"]
     memory: int
     timeout: int
     retries: int

@@ -27,7 +27,7 @@ from dask_lambda import errors, failures
 from dask_lambda.encode import Encoder
 from dask_lambda.graph import Graph, short
 from dask_lambda.plan import Group, Plan
-from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
+from dask_lambda.run import Run, RunFailed, RunSucceeded, Sealed, TaskFinished, TaskStarted
 from dask_lambda.state import (
     Event,
     Failure,
@@ -388,7 +388,7 @@ class Engine:
                 if data is None:
                     self._fetch(run, self._fetch_result(run, key, value))
                 else:
-                    run.results[key] = data
+                    run.results[key] = Sealed(data, run.secret, value.name)
             if run.watch:
                 if data is None and run.watch_values:
                     data = await run.store.get_async(value.name, value.size)
@@ -413,16 +413,16 @@ class Engine:
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
-            run.results[key] = await run.store.get_async(value.name, value.size)
+            data = await run.store.get_async(value.name, value.size)
+        run.results[key] = Sealed(data, run.secret, value.name)
 
     async def _fetch_stored(self, run: Run, key: Key) -> None:
-        """Fetch a stored result and seal it anew, as if this run had made it."""
+        """Fetch a result that another run has stored."""
         reference = run.graph.stored[key]
         secret = self._secret_of(reference)
         async with self._fetching:
             data = await run.store.get_async(reference.name, reference.size)
-        frames = codec.unseal(data, secret, reference.name)
-        run.results[key] = codec.seal(frames, run.secret, run.object_name(key))
+        run.results[key] = Sealed(data, secret, reference.name)
 
     async def _finish(self, run: Run, failure: Failure | None, group: Group | None) -> None:
         """Tell the caller the outcome, when nothing of the run is left in the bucket."""
@@ -513,7 +513,7 @@ class Engine:
             run.encoder.written.discard(value.name)
             run.uncertain.discard(value.name)
             names.add(value.name)
-            run.results[key] = value
+            run.kept[key] = value
         self._kept[run.name] = run.secret, names
         protocol.resolvers[run.name] = self.load
 

@@ -90,13 +90,13 @@ def materialise(dsk: Any) -> dict[Key, GraphNode]:
     return convert_legacy_graph(dict(mapping))
 
 
-def normalise(dsk: dict[Key, GraphNode], keys: Any) -> Graph:
+def normalise(nodes: dict[Key, GraphNode], keys: Any) -> Graph:
     """Sort what the requested keys need by what has to happen for it.
 
     Parameters
     ----------
-    dsk : dict
-        What :func:`materialise` returned; callbacks may have put plain values in.
+    nodes : dict
+        What :func:`materialise` returned.
     keys : key or (nested) list of keys
 
     Raises
@@ -106,7 +106,6 @@ def normalise(dsk: dict[Key, GraphNode], keys: Any) -> Graph:
     CyclicGraphError
         If aliases run in a circle (other cycles show when the graph is ordered).
     """
-    nodes = convert_legacy_graph(dsk)
     wanted = list(flatten(keys)) if isinstance(keys, list) else [keys]
     source = _cull(nodes, wanted)
     graph = Graph({}, {}, {}, {}, frozenset(wanted), source)

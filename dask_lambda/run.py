@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from dask_lambda.encode import Encoder
 from dask_lambda.graph import Graph
@@ -48,6 +48,14 @@ class RunFailed:
     exception: BaseException
 
 
+class Sealed(NamedTuple):
+    """A fetched value, with what it takes to open it."""
+
+    data: Any
+    secret: bytes
+    name: str
+
+
 @dataclass(eq=False)
 class Run:
     """One graph being computed.
@@ -58,7 +66,9 @@ class Run:
         What the caller hears: :class:`TaskStarted` and :class:`TaskFinished` if ``watch`` is
         set, at last :class:`RunSucceeded` or :class:`RunFailed`.
     results : dict
-        Sealed values of ``plan.fetch``, by key.
+        What was fetched for ``plan.fetch``, by key.
+    kept : dict
+        Where the results are that stay in S3, by key.
     values : dict
         Where each output is that is still needed.
     """
@@ -76,7 +86,8 @@ class Run:
     shared: frozenset[Key]  # outputs that several groups read
     counts: RunCounts = field(default_factory=RunCounts)
     events: SimpleQueue[Any] = field(default_factory=SimpleQueue)
-    results: dict[Key, Any] = field(default_factory=dict)
+    results: dict[Key, Sealed] = field(default_factory=dict)
+    kept: dict[Key, Value] = field(default_factory=dict)
     values: dict[Key, Value] = field(default_factory=dict)
     inline: dict[Key, int] = field(default_factory=dict)  # bytes of inline values
     held: int = 0  # their sum
@@ -94,4 +105,4 @@ class Run:
 
     def load(self, key: Key) -> Any:
         """Decode a result, giving up its sealed bytes."""
-        return codec.loads(self.results.pop(key), self.secret, self.object_name(key))
+        return codec.loads(*self.results.pop(key))

@@ -180,6 +180,8 @@ class LambdaScheduler:
             failed = True
             try:
                 callbacks.start()
+                if callbacks:  # which may have put plain values in
+                    nodes = graphs.materialise(nodes)
                 graph = graphs.normalise(nodes, keys)
                 if callbacks:
                     callbacks.begin(graph)
@@ -217,7 +219,7 @@ class LambdaScheduler:
         persist: bool,
     ) -> dict[Key, Any]:
         """Run a graph; return the values of its outputs by their resolved keys."""
-        plan = make_plan(graph, mode="none", finalise=not persist, retries=retries)
+        plan = make_plan(graph, mode=settings.plan, finalise=not persist, retries=retries)
         values = {key: graph.literals[key] for key in plan.fetch if key in graph.literals}
         if persist:
             for key in plan.fetch & graph.stored.keys():
@@ -324,7 +326,7 @@ def _retries(dsk: Any, default: int) -> Callable[[Key], int]:
 
 
 def _reference(engine: Engine, run: Run, key: Key) -> Reference:
-    value = run.results[key]
+    value = run.kept[key]
     reference = Reference(value.name, value.size)
     weakref.finalize(reference, engine.forget, value.name).atexit = False
     return reference
