@@ -18,7 +18,7 @@ import secrets as tokens
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +29,7 @@ from dask_lambda.graph import Graph, short
 from dask_lambda.plan import Group, Plan
 from dask_lambda.run import Run, RunFailed, RunSucceeded, Sealed, TaskFinished, TaskStarted
 from dask_lambda.state import (
+    Done,
     Event,
     Failure,
     FailureKind,
@@ -312,23 +313,28 @@ class Engine:
 
     async def _invoke(self, run: Run, instruction: Invoke) -> None:
         groups = instruction.groups
+        outcomes: Sequence[Done | Failure] | Failure
         try:
             outcomes = await self._outcomes(run, instruction)
         except StoreError as error:
-            outcomes = [failures.from_store_error(error)] * len(groups)
+            outcomes = failures.from_store_error(error)
         except errors.DaskLambdaError as error:
-            outcomes = [Failure(FailureKind.FATAL, error)] * len(groups)
+            outcomes = Failure(FailureKind.FATAL, error)
         except Exception as error:  # a bug of ours must end the run, not hang it
             logger.exception("dispatching task %s failed", short(groups[0].outputs[0]))
-            outcomes = [Failure(FailureKind.FATAL, error)] * len(groups)
-        self._handle(InvocationEnded(instruction.invocation, tuple(outcomes)))
+            outcomes = Failure(FailureKind.FATAL, error)
+        as_a_whole = isinstance(outcomes, Failure)
+        if isinstance(outcomes, Failure):
+            outcomes = [outcomes] * len(groups)
+        self._handle(InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole))
 
-    async def _outcomes(self, run: Run, instruction: Invoke) -> list[Failure | None]:
+    async def _outcomes(self, run: Run, instruction: Invoke) -> Sequence[Done | Failure] | Failure:
+        """Send an invocation; return what became of each group, or of it as a whole."""
         groups = instruction.groups
         inline = run.inline_bytes if self._held() < MAX_HELD_BYTES else 0
         payload = await run.encoder.payload(groups, run.values, inline)
         if run.over:  # cancelled or failed meanwhile: do not spend money
-            return [Failure(FailureKind.FATAL)] * len(groups)
+            return Failure(FailureKind.FATAL)
         reply: Reply = await self.backend.invoker.invoke(payload)
         self._count(run, instruction, reply)
         content = reply.content
@@ -342,10 +348,10 @@ class Engine:
                 failure = reply.failure
                 if not reply.answered:
                     await asyncio.to_thread(self.backend.check)
-            return [failure] * len(groups)
+            return failure
         if "error" in content:  # the worker could not read the list of groups
-            return [failures.from_record(content["error"])] * len(groups)
-        outcomes: list[Failure | None] = []
+            return failures.from_record(content["error"])
+        outcomes: list[Done | Failure] = []
         for group, record in zip(groups, content["groups"], strict=True):
             if "error" in record:  # perhaps after one of its outputs was written
                 run.uncertain.update(map(run.object_name, group.outputs))
@@ -354,7 +360,7 @@ class Engine:
                 run.counts.tasks += len(group.tasks)
                 run.counts.compute_seconds += record["seconds"]
                 await self._take(run, group, record["outputs"])
-                outcomes.append(None)
+                outcomes.append(Done(record["seconds"]))
         return outcomes
 
     def _count(self, run: Run, instruction: Invoke, reply: Reply) -> None:

@@ -167,7 +167,7 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
     if kind == "Sandbox.Timedout" or "Task timed out after" in text:
         seconds = text.rpartition("after ")[2].removesuffix(" seconds") if "after " in text else "?"
         return Failure(
-            FailureKind.TASK,
+            FailureKind.RESOURCES,
             Detail(
                 errors.FunctionTimeoutError,
                 f"ran longer than the function's time-out of {seconds} seconds",
@@ -179,7 +179,7 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
     if kind == "Runtime.OutOfMemory" or "signal: killed" in text:
         size = f"{memory_mb} MB" if memory_mb else "memory"
         return Failure(
-            FailureKind.TASK,
+            FailureKind.RESOURCES,
             Detail(
                 errors.OutOfMemoryError,
                 f"needed more than the function's {size} ({said})",

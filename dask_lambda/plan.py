@@ -39,6 +39,11 @@ class Group:
     retries : int
         How often to try again after the tasks' own failures: an exception, a time-out, no
         memory left.
+    kind : str
+        Groups of one kind do the same to blocks of about the same size, and so take about the
+        same time.
+    seconds : float, optional
+        How long that is expected to be, inside the tasks; None if nobody knows.
     """
 
     tasks: tuple[Key, ...]
@@ -46,6 +51,8 @@ class Group:
     outputs: tuple[Key, ...]
     priority: int = 0
     retries: int = 0
+    kind: str = ""
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,18 @@ one of these states::
 A group waits for its inputs, is ready when they are all there, and is in flight while an
 invocation runs it.  A failure that is worth another try delays it until some later time.  Groups
 that are done are forgotten, and more groups may be added to a run at any time, so the machine
-never needs the whole graph at once.
+never needs the whole graph at once.  A group that was too large for an execution environment is
+replaced by smaller ones, for which the run brings a function (:attr:`GroupsAdded.split`).
 
 The *window* is how many invocations may be in flight, over all runs.  Below it the machine keeps
 a *limit* of its own, which shrinks by a factor when Lambda throttles and grows by one for each
 limit's worth of successes (additive increase, multiplicative decrease, as TCP does).  Runs take
 turns; within a run the smallest priority goes first.
+
+Small groups travel together (:meth:`State._batch_size`): several of them in one invocation, when
+more are ready than the window takes, or when sending them one by one would take longer than
+running them.  Each still succeeds or fails by itself; if the invocation as a whole fails, in a way
+of which one of them may be guilty, each is tried again alone.
 
 Two rules hold for whoever executes the instructions:
 
@@ -32,9 +38,10 @@ Two rules hold for whoever executes the instructions:
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -50,7 +57,8 @@ from lambda_worker.protocol import Key
 class FailureKind(Enum):
     """What a failure means for the decision to try again."""
 
-    TASK = "task"  #: the task's own: an exception, a time-out, no memory; as often as asked for
+    TASK = "task"  #: the task's own exception; as often as asked for
+    RESOURCES = "resources"  #: too long or too much memory; as TASK, once it cannot be split
     DEATH = "death"  #: the environment was lost under the task; a few times
     TRANSIENT = "transient"  #: the network or the service; for a while, ever more slowly
     THROTTLED = "throttled"  #: too many invocations; until nothing has moved for long
@@ -83,6 +91,9 @@ class Policy:
     throttle_patience: float = 1000.0  #: throttled and nothing done: above the longest invocation
     decrease: float = 0.7
     decrease_interval: float = 1.0  #: one burst of throttles shrinks the limit once
+    batch_seconds: float = 1.0  #: inside the tasks of one invocation, when several groups share it
+    batch_groups: int = 512  #: in one invocation at the most
+    dispatch_seconds: float = 0.001  #: of the client, for each invocation (docs/benchmarks.md)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -103,20 +114,49 @@ class GroupsAdded:
         Outputs that are not released when their last reader is done.
     last : bool
         Nothing is added after this: the run ends when all its groups are done.
+    split : callable, optional
+        Smaller groups that do together what a group does and commit all its outputs; of a group
+        that cannot be split, nothing.  A pure function.
+    batch : bool
+        Whether groups may share an invocation.
     """
 
     run: str
     groups: Sequence[Group]
     keep: frozenset[Key] = frozenset()
     last: bool = True
+    split: Callable[[Group], Sequence[Group]] | None = None
+    batch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A group's outputs are committed.
+
+    Attributes
+    ----------
+    seconds : float
+        Inside its tasks.
+    """
+
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class InvocationEnded:
-    """An invocation came to an end: for each of its groups None (done) or why not."""
+    """An invocation came to an end, well or not for each of its groups.
+
+    Attributes
+    ----------
+    invocation : int
+    outcomes : tuple of Done or Failure
+    as_a_whole : bool
+        The invocation as such failed, so that nobody knows which group was the reason.
+    """
 
     invocation: int
-    outcomes: tuple[Failure | None, ...]
+    outcomes: tuple[Done | Failure, ...]
+    as_a_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +234,15 @@ Instruction = Invoke | Release | RunEnded | RunDrained | Wake
 # the machine
 # ---------------------------------------------------------------------------------------------
 
+#: Failures of a whole invocation for which one of its groups may be the reason.
+_ONE_IS_GUILTY = frozenset({FailureKind.RESOURCES, FailureKind.DEATH})
+#: How many groups of a kind the mean of their durations remembers.
+PACE_SAMPLES = 16
+#: Batches of a kind that was never seen before this run hold at most so many for each one done.
+PACE_TRUST = 4
+#: What a group takes at least on a worker: fetching, unpickling, sealing.
+MIN_SECONDS = 1e-4
+
 
 @dataclass(slots=True)
 class _Group:
@@ -201,6 +250,7 @@ class _Group:
     run: _Run
     missing: int  # inputs that are not there yet
     tries: int = 0
+    alone: bool = False  # not to travel with others again
     failures: dict[FailureKind, int] = field(default_factory=dict)
 
 
@@ -222,6 +272,9 @@ class _Run:
     in_flight: int = 0
     last: bool = False
     ended: bool = False
+    split: Callable[[Group], Sequence[Group]] | None = None
+    batch: bool = False
+    pace: dict[str, tuple[int, float]] = field(default_factory=dict)  # kind -> samples, seconds
     throttled_since: float = float("-inf")  # the first time after the last success of any run
 
 
@@ -262,8 +315,8 @@ class State:
         """
         out: list[Instruction] = []
         match event:
-            case InvocationEnded(invocation, outcomes):
-                self._invocation_ended(invocation, outcomes, now, out)
+            case InvocationEnded():
+                self._invocation_ended(event, now, out)
             case GroupsAdded():
                 self._add(event, out)
             case RunCancelled(name):
@@ -293,14 +346,26 @@ class State:
             return
         closing = event.last and not run.last
         run.last = event.last
+        run.split, run.batch = event.split, event.batch
         data = run.data
-        for spec in event.groups:
-            for key in spec.outputs:
-                data.setdefault(key, _Datum())
+        self._enter(run, event.groups)
         for key in event.keep & data.keys():
             data[key].keep = True
-        run.unfinished += len(event.groups)
-        for spec in event.groups:
+        if closing:  # until now somebody might still have come to read these
+            idle = [k for k, d in data.items() if d.available and not d.readers and not d.keep]
+            for key in idle:
+                del data[key]
+            if idle:
+                out.append(Release(run.name, tuple(idle)))
+        self._end_if_done(run, out)
+
+    def _enter(self, run: _Run, groups: Sequence[Group]) -> None:
+        data = run.data
+        for spec in groups:
+            for key in spec.outputs:
+                data.setdefault(key, _Datum())
+        run.unfinished += len(groups)
+        for spec in groups:
             group = _Group(spec, run, 0)
             for key in spec.inputs:
                 datum = data[key]
@@ -310,33 +375,28 @@ class State:
                     group.missing += 1
             if not group.missing:
                 self._make_ready(group)
-        if closing:  # until now somebody might still have come to read these
-            idle = [k for k, d in data.items() if d.available and not d.readers and not d.keep]
-            for key in idle:
-                del data[key]
-            if idle:
-                out.append(Release(run.name, tuple(idle)))
-        self._end_if_done(run, out)
 
-    def _invocation_ended(
-        self,
-        invocation: int,
-        outcomes: tuple[Failure | None, ...],
-        now: float,
-        out: list[Instruction],
-    ) -> None:
-        groups = self.in_flight.pop(invocation)
+    def _invocation_ended(self, event: InvocationEnded, now: float, out: list[Instruction]) -> None:
+        groups = self.in_flight.pop(event.invocation)
         run = groups[0].run
         run.in_flight -= 1
         released: list[Key] = []
-        for group, failure in zip(groups, outcomes, strict=True):
+        success = False
+        for group, outcome in zip(groups, event.outcomes, strict=True):
+            if isinstance(outcome, Done):
+                success = True
             if run.ended:
-                break
-            if failure is None:
-                self._done(group, released)
+                continue
+            if isinstance(outcome, Done):
+                self._done(group, outcome.seconds, released)
+            elif event.as_a_whole and len(groups) > 1 and outcome.kind in _ONE_IS_GUILTY:
+                group.alone = True
+                self._make_ready(group)
+            elif outcome.kind is FailureKind.RESOURCES and self._split(group):
+                pass
             else:
-                self._failed(group, failure, now, out)
-        if None in outcomes:
+                self._failed(group, outcome, now, out)
+        if success:
             self._last_success = now
             self.limit = min(float(self.window), self.limit + 1.0 / self.limit)
         if released and not run.ended:
@@ -345,9 +405,12 @@ class State:
         if run.ended and not run.in_flight and run.name in self._runs:
             self._forget(run, out)
 
-    def _done(self, group: _Group, released: list[Key]) -> None:
+    def _done(self, group: _Group, seconds: float, released: list[Key]) -> None:
         run, spec = group.run, group.spec
         run.unfinished -= 1
+        samples, mean = run.pace.get(spec.kind, (0, 0.0))
+        weight = 1 / min(samples + 1, PACE_SAMPLES)
+        run.pace[spec.kind] = samples + 1, mean + weight * (seconds - mean)
         data = run.data
         for key in spec.outputs:
             datum = data[key]
@@ -367,8 +430,22 @@ class State:
                 released.append(key)
                 del data[key]
 
+    def _split(self, group: _Group) -> bool:
+        """Replace a group by smaller ones; tell whether that is possible."""
+        run, spec = group.run, group.spec
+        smaller = run.split(spec) if run.split is not None else ()
+        if not smaller:
+            return False
+        self._enter(run, smaller)  # before the group lets go of its inputs
+        run.unfinished -= 1
+        for key in spec.inputs:
+            run.data[key].readers -= 1
+        return True
+
     def _failed(self, group: _Group, failure: Failure, now: float, out: list[Instruction]) -> None:
         policy, kind = self.policy, failure.kind
+        if kind is FailureKind.RESOURCES:
+            kind = FailureKind.TASK
         count = group.failures[kind] = group.failures.get(kind, 0) + 1
         match kind:
             case FailureKind.TASK:
@@ -423,14 +500,55 @@ class State:
             if run.ended or not run.ready:
                 run.queued = False
                 continue
-            group = heapq.heappop(run.ready)[2]
+            groups = self._next_groups(run, limit)
             rotation.append(run)
             self._counter += 1
             invocation = self._counter
-            in_flight[invocation] = (group,)
+            in_flight[invocation] = groups
             run.in_flight += 1
-            out.append(Invoke(invocation, run.name, (group.spec,), group.tries))
-            group.tries += 1
+            specs = tuple(group.spec for group in groups)
+            out.append(Invoke(invocation, run.name, specs, groups[0].tries))
+            for group in groups:
+                group.tries += 1
+
+    def _next_groups(self, run: _Run, limit: int) -> tuple[_Group, ...]:
+        """Take the groups of the next invocation from those that are ready."""
+        ready = run.ready
+        first = heapq.heappop(ready)[2]
+        if not run.batch or not ready or first.alone or first.tries:
+            return (first,)
+        size = self._batch_size(first, len(ready) + 1, limit)
+        groups = [first]
+        while len(groups) < size and ready:
+            other = ready[0][2]
+            if other.alone or other.tries or other.spec.kind != first.spec.kind:
+                break
+            groups.append(heapq.heappop(ready)[2])
+        return tuple(groups)
+
+    def _batch_size(self, group: _Group, ready: int, limit: int) -> int:
+        """Decide how many groups like this one share an invocation.
+
+        If each takes ``d`` seconds, ``n`` of them in ``m`` invocations take ``c m + n d / m``
+        seconds with unlimited concurrency, where ``c`` is the client's time for an invocation:
+        least for ``m = sqrt(n d / c)``.  If that is more than the window, the ready ones are
+        divided by the window, which leaves smaller and smaller batches to the end, so that all
+        end together (guided self-scheduling: Polychronopoulos and Kuck, IEEE Transactions on
+        Computers C-36, 1987).
+        """
+        policy = self.policy
+        samples, seconds = group.run.pace.get(group.spec.kind, (0, 0.0))
+        bound = policy.batch_groups
+        if group.spec.seconds is not None:
+            if not samples:
+                seconds = group.spec.seconds
+        elif samples:
+            bound = min(bound, PACE_TRUST * samples)
+        else:  # nobody knows how long they take
+            return 1
+        seconds = max(seconds, MIN_SECONDS)
+        size = max(math.sqrt(ready * policy.dispatch_seconds / seconds), ready / limit)
+        return max(1, min(bound, math.ceil(size), int(policy.batch_seconds / seconds)))
 
     def _end_if_done(self, run: _Run, out: list[Instruction]) -> None:
         if run.last and not run.unfinished and not run.ended:

@@ -156,9 +156,9 @@ def test_a_broken_connection_is_transient():
         {"errorMessage": "2026-01-01T00:00:00.000Z 41d0 Task timed out after 1.00 seconds"},
     ],
 )
-def test_a_time_out_is_the_tasks_own_and_names_seconds_and_setting(body):
+def test_a_time_out_is_of_resources_and_names_seconds_and_setting(body):
     failure = function_error(body)
-    assert failure.kind is FailureKind.TASK
+    assert failure.kind is FailureKind.RESOURCES
     exception = shown(failure)
     assert type(exception) is errors.FunctionTimeoutError
     assert isinstance(exception, TimeoutError)
@@ -181,9 +181,9 @@ def test_a_time_out_is_the_tasks_own_and_names_seconds_and_setting(body):
         {"errorMessage": "RequestId: 41d0 Process exited before completing: signal: killed"},
     ],
 )
-def test_no_memory_left_is_the_tasks_own_and_names_the_memory_and_the_setting(body):
+def test_no_memory_left_is_of_resources_and_names_the_memory_and_the_setting(body):
     failure = function_error(body, memory_mb=512)
-    assert failure.kind is FailureKind.TASK
+    assert failure.kind is FailureKind.RESOURCES
     exception = shown(failure)
     assert type(exception) is errors.OutOfMemoryError
     assert isinstance(exception, MemoryError)

@@ -9,6 +9,7 @@ import pytest
 
 from dask_lambda.plan import Group
 from dask_lambda.state import (
+    Done,
     Event,
     Failure,
     FailureKind,
@@ -34,7 +35,7 @@ TASK, DEATH, TRANSIENT, THROTTLED, FATAL = (
     Failure(FailureKind.THROTTLED),
     Failure(FailureKind.FATAL),
 )
-DONE = None
+DONE = Done()
 
 
 def group(outputs: str, inputs: str = "", *, priority: int = 0, retries: int = 0) -> Group:
@@ -66,7 +67,7 @@ class Script:
     def add(self, run: str, *groups: Group, keep: Iterable[str] = (), last: bool = True) -> None:
         self.tell(GroupsAdded(run, groups, frozenset(keep), last))
 
-    def end(self, key: str, outcome: Failure | None = DONE, run: str = "r") -> None:
+    def end(self, key: str, outcome: Done | Failure = DONE, run: str = "r") -> None:
         """End the invocation in flight that makes a key."""
         invocation = next(
             i

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dask_lambda.plan import Group
 from dask_lambda.state import (
+    Done,
     Event,
     Failure,
     FailureKind,
@@ -82,7 +83,7 @@ def models(draw, name: str) -> Model:
     return Model(name, batches, keep)
 
 
-DONE = None
+DONE = Done()
 OUTCOMES = [DONE] * 6 + [Failure(kind) for kind in FailureKind]
 POLICY = Policy(deaths=1, transient_tries=3, backoff=0.5, max_backoff=4.0, throttle_patience=1e9)
 
@@ -186,26 +187,29 @@ class Play:
         keep = run.keep & {key for it in batch for key in it.outputs}
         self.handle(GroupsAdded(run.name, batch, keep, run.last))
 
-    def end(self, invocation: int, outcome: Failure | None) -> None:
+    def end(self, invocation: int, outcome: Done | Failure) -> None:
         invoke = self.flying.pop(invocation)
         self.answered.add(invocation)
         run, (it,) = self.runs[invoke.run], invoke.groups
         run.flying.remove(it)
         if not run.outcome:
-            if outcome is None:
+            if isinstance(outcome, Done):
                 run.done.add(it)
                 run.available.update(it.outputs)
             else:
                 counts = run.failures[it]
-                counts[outcome.kind] += 1
-                count = counts[outcome.kind]
+                kind = outcome.kind
+                if kind is FailureKind.RESOURCES:  # of a group that cannot be split
+                    kind = FailureKind.TASK
+                counts[kind] += 1
+                count = counts[kind]
                 allowed = {
                     FailureKind.TASK: it.retries,
                     FailureKind.DEATH: POLICY.deaths + it.retries,
                     FailureKind.TRANSIENT: POLICY.transient_tries - 1,
                     FailureKind.THROTTLED: float("inf"),
                     FailureKind.FATAL: 0,
-                }[outcome.kind]
+                }[kind]
                 if count > allowed:
                     self.expected_failure = (run.name, it, outcome)
                 else:
