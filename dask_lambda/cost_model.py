@@ -1,12 +1,14 @@
-"""What it costs in time to run tasks in one way or another.  Pure.  May import: kernels.
+"""What it takes to run tasks in one way or another, in time and money.  Pure.
 
-The planner (:mod:`dask_lambda.grouping`) compares seconds that these formulas give.
+May import: kernels, cost.  The planner (:mod:`dask_lambda.grouping`) compares what these formulas
+give.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dask_lambda.cost import Prices
 from dask_lambda.kernels import Speed
 
 
@@ -40,8 +42,15 @@ class CostModel:
     group_seconds : float
         The longest that an invocation of several tasks is planned to take: what a failure costs
         at the most, far below Lambda's limit of 900 s.
+    waiting_usd : float
+        What a second of waiting is worth in US dollars: 36 dollars an hour.  A plan that takes a
+        second longer must be so much cheaper.
+    tolerance : float
+        Differences of a longest path below this part of it are not believed: the estimates are
+        not that good.
     speed : Speed
         Of one vCPU.
+    prices : Prices
     """
 
     invoke_seconds: float = 0.035
@@ -54,7 +63,10 @@ class CostModel:
     memory_bytes: int = 1769 * 2**20
     task_memory: float = 0.6
     group_seconds: float = 120.0
+    waiting_usd: float = 0.01
+    tolerance: float = 0.15
     speed: Speed = field(default_factory=Speed)
+    prices: Prices = field(default_factory=Prices)
 
     @property
     def room(self) -> float:
@@ -96,3 +108,12 @@ class CostModel:
         if writes:
             seconds += self.put_seconds + write_bytes / self.bandwidth
         return seconds + max(reading, work)
+
+    def group_usd(self, seconds: float, reads: int, writes: int) -> float:
+        """Return what an invocation costs that takes so long."""
+        return self.prices.cost(
+            invocations=1,
+            gb_seconds=seconds * self.memory_bytes / 2**30,
+            gets=reads,
+            puts=writes,
+        )

@@ -106,14 +106,11 @@ def guess(graph: Graph, order: Iterable[Key], speed: kernels.Speed) -> Estimates
     nbytes.update((key, reference.size) for key, reference in graph.stored.items())
     seconds: dict[Key, float] = {}
     unknown: set[Key] = set()
-    layers: dict[Any, kernels.Kernel] = {}
+    catalogue = kernels.Catalogue()
     aliases = graph.aliases
     for key in order:
         task = graph.tasks[key]
-        layer = key[0] if type(key) is tuple else key
-        kind = layer, id(getattr(task, "func", None)), len(task.dependencies)
-        if (kernel := layers.get(kind)) is None:
-            kernel = layers[kind] = kernels.kernel_of(task)
+        kernel = catalogue.kernel(key, task)
         reads = [nbytes[aliases.get(d, d)] for d in task.dependencies]
         size = kernel.output_bytes(task, reads)
         if size is None:

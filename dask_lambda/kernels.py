@@ -19,6 +19,8 @@ from typing import Any
 
 from dask._task_spec import DataNode, GraphNode, Task, _execute_subgraph
 
+from lambda_worker.protocol import Key
+
 #: Bytes of a number of which only the count is known.
 ITEM = 8
 #: A reduction of a block larger than this leaves so much less of it.
@@ -175,6 +177,22 @@ def kernel_of(task: GraphNode) -> Kernel:
             data = True
     walks = data or bool({Family.CREATE, Family.BROADCAST} & set(families))
     return Kernel(tuple(families), walks)
+
+
+class Catalogue:
+    """Classifies the tasks of a graph, each kind of them once."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
+
+    def kernel(self, key: Key, task: GraphNode) -> Kernel:
+        """Return the kernel of a task: that of the tasks of its layer with the same function."""
+        layer = key[0] if type(key) is tuple and key else key
+        kind = layer, id(getattr(task, "func", None)), len(task.dependencies)
+        found = self._kernels.get(kind)
+        if found is None:
+            found = self._kernels[kind] = kernel_of(task)
+        return found
 
 
 def size_of(value: Any) -> int:

@@ -1,25 +1,31 @@
-"""What one invocation runs.  Pure: no I/O, no clock.  May import: graph, errors, dask.order.
+"""What one invocation runs.  Pure: no I/O, no clock.
 
-A :class:`Group` is what one invocation runs as a whole: some tasks in their order, with the
-outputs that are committed at the end.  Today a group is one task ("one node, one invocation");
-the state machine and the wire format take groups of any number of tasks and outputs.  What only
-puts finished blocks together (``finalize`` of arrays and bags, the last concatenation of
-dataframes) is left to the client.
+May import: grouping, estimates, kernels, cost_model, graph, errors, dask.order.
+
+A :class:`Group` is what one invocation runs as a whole: some tasks in their order, and the outputs
+that it commits.  With ``mode="none"`` a group is one task ("one node, one invocation"); with
+"auto" tasks run together where that saves time (:mod:`dask_lambda.grouping`).  What only puts
+finished blocks together (``finalize`` of arrays and bags, the last concatenation of dataframes)
+is left to the client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from dask.order import order
+from dask.utils import key_split
 
+from dask_lambda.cost_model import CostModel
 from dask_lambda.errors import CyclicGraphError
-from dask_lambda.graph import Graph, is_finaliser
+from dask_lambda.estimates import Estimates, guess
+from dask_lambda.graph import Graph, is_finaliser, short
+from dask_lambda.grouping import Decision, Grouping
 from lambda_worker.protocol import Key
 
-PlanMode = Literal["none"]
+PlanMode = Literal["auto", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +75,32 @@ class Plan:
         Tasks that the client runs at the end, in this order.
     fetch : frozenset of key
         Resolved keys whose values the client needs, for the caller or for its own tasks.
+    mode : {"auto", "none"}
+    decisions : tuple of Decision
+        Why tasks run together, or why not.
     """
 
     groups: tuple[Group, ...]
     keep: frozenset[Key]
     client: tuple[Key, ...]
     fetch: frozenset[Key]
+    mode: PlanMode = "none"
+    decisions: tuple[Decision, ...] = field(default=(), compare=False)
+
+    def describe(self) -> str:
+        """Say in a few lines what runs together, and why two tasks were merged or not."""
+        tasks = sum(len(group.tasks) for group in self.groups)
+        lines = [f"{tasks:,} tasks in {len(self.groups):,} groups (plan: {self.mode})"]
+        kinds: dict[str, list[Group]] = {}
+        for group in self.groups:
+            kinds.setdefault(group.kind, []).append(group)
+        for kind, groups in kinds.items():
+            size = sum(len(group.tasks) for group in groups) / len(groups)
+            known = [group.seconds for group in groups if group.seconds is not None]
+            about = f", {sum(known) / len(known):.3f} s each" if known else ""
+            lines.append(f"  {len(groups):,} x {kind or '?'}: {size:.3g} tasks{about}")
+        lines += [f"  {decision}" for decision in self.decisions]
+        return "\n".join(lines)
 
 
 def make_plan(
@@ -83,72 +109,216 @@ def make_plan(
     mode: PlanMode = "none",
     finalise: bool = True,
     retries: Callable[[Key], int] | int = 0,
+    estimates: Estimates | None = None,
+    model: CostModel | None = None,
+    alike: Callable[[Key], Hashable] | None = None,
 ) -> Plan:
     """Decide what each invocation runs, and what the client runs itself.
 
     Parameters
     ----------
     graph : Graph
-    mode : {"none"}
-        How tasks are grouped: "none" gives each its own invocation.
+    mode : {"auto", "none"}
+        How tasks are grouped: "none" gives each its own invocation, "auto" lets those run
+        together for which the cost model says that it saves time.
     finalise : bool
         Whether finalisers may run on the client; False when results are to stay in S3.
     retries : callable or int
         Retries of each task.
+    estimates : Estimates, optional
+        Default: :func:`dask_lambda.estimates.guess`.
+    model : CostModel, optional
+    alike : callable, optional
+        Tasks for which it returns different values never run together (besides those with
+        different retries).
 
     Raises
     ------
     CyclicGraphError
         If the graph has a cycle.
     """
-    dependencies = {key: graph.dependencies(key) for key in graph.tasks}
-    priorities = _priorities(graph)
     outputs = {graph.resolve(key) for key in graph.outputs}
-    client = _client_tasks(graph, dependencies, outputs) if finalise else set()
+    client = _client_tasks(graph, outputs) if finalise else set()
     fetch = outputs - client
     for key in client:
-        fetch |= dependencies[key] - client
+        fetch |= graph.dependencies(key) - client
     # Objects are named after the repr of their key: of keys that are equal but not alike, such as
     # ("x", 0) and ("x", np.int64(0)), the one that the groups use.
     own = {key: key for nodes in (graph.tasks, graph.stored) for key in nodes if key in fetch}
     fetch = {own.get(key, key) for key in fetch}
-    of_task = retries if callable(retries) else lambda _: retries
-    tasks = graph.tasks
-    groups = tuple(
-        Group(
-            tasks=(key,),
-            inputs=tuple(d for d in dependencies[key] if d in tasks),
-            outputs=(key,),
-            priority=priorities[key],
-            retries=of_task(key),
-        )
-        for key in sorted(tasks, key=priorities.__getitem__)
-        if key not in client
-    )
+    keep = frozenset(key for key in fetch if key in graph.tasks)
+    retries_of = retries if callable(retries) else (lambda _: retries)
+    decisions: list[Decision] = []
+    if mode == "none":
+        groups, positions = _single(graph, client, retries_of)
+    else:
+        model = model or CostModel()
+        tasks = topological(graph, client)
+        if estimates is None:
+            estimates = guess(graph, tasks, model.speed)
+        uniform = alike is None and not callable(retries)
+        signature = None if uniform else (lambda key: (retries_of(key), alike and alike(key)))
+        grouping = Grouping(graph, tasks, set(keep), estimates, model, signature)
+        groups = _prioritised(graph, grouping.groups(), retries_of, estimates)
+        decisions = grouping.decisions
+        positions = {key: i for i, key in enumerate(topological(graph, set()))} if client else {}
     return Plan(
-        groups=groups,
-        keep=frozenset(key for key in fetch if key in tasks),
-        client=tuple(sorted(client, key=priorities.__getitem__)),
+        groups=tuple(groups),
+        keep=keep,
+        client=tuple(sorted(client, key=positions.__getitem__)),
         fetch=frozenset(fetch),
+        mode=mode,
+        decisions=tuple(decisions),
     )
 
 
-def _priorities(graph: Graph) -> Mapping[Key, int]:
+def _single(
+    graph: Graph, client: set[Key], retries: Callable[[Key], int]
+) -> tuple[list[Group], Mapping[Key, int]]:
+    """Give each task a group of its own, in Dask's order, which holds little at a time."""
     # The whole graph and not its tasks alone: order() follows the nodes' own dependencies, and
     # would not see through an alias that is not there.
+    positions = _order(graph.source)
+    groups = []
+    for key in sorted(graph.tasks, key=positions.__getitem__):
+        if key not in client:
+            inputs = tuple(d for d in graph.dependencies(key) if d in graph.tasks)
+            position = positions[key]
+            groups.append(Group((key,), inputs, (key,), position, retries(key), key_split(key)))
+    return groups, positions
+
+
+def _prioritised(
+    graph: Graph,
+    found: Sequence[tuple[list[Key], list[Key], float]],
+    retries: Callable[[Key], int],
+    estimates: Estimates,
+) -> list[Group]:
+    """Build groups, those first that have the longest way to the end before them.
+
+    (Hu's algorithm, "Parallel Sequencing and Assembly Line Problems", Operations Research 9, 1961;
+    of those that are equally far, Dask's order.)
+    """
+    maker = {key: place for place, (_, outputs, _) in enumerate(found) for key in outputs}
+    inputs: list[tuple[Key, ...]] = []
+    for tasks, _, _ in found:
+        inside = set(tasks)
+        reads: dict[Key, None] = {}
+        for task in tasks:
+            for name in graph.tasks[task].dependencies:
+                key = graph.resolve(name)
+                if key not in inside and key in maker:
+                    reads[key] = None
+        inputs.append(tuple(reads))
+    dependencies = {place: {maker[key] for key in reads} for place, reads in enumerate(inputs)}
+    positions = _order(dict.fromkeys(dependencies), dependencies)
+    readers: list[list[int]] = [[] for _ in found]
+    for place, reads_from in dependencies.items():
+        for maker_place in reads_from:
+            readers[maker_place].append(place)
+    ahead = [0.0] * len(found)
+    for place in _backwards(dependencies, readers):
+        longest = max((ahead[reader] for reader in readers[place]), default=0.0)
+        ahead[place] = longest + found[place][2] + HOP_SECONDS
+    ranking = sorted(
+        range(len(found)), key=lambda place: (-round(ahead[place], 6), positions[place])
+    )
+    groups = []
+    for rank, place in enumerate(ranking):
+        tasks, outputs, seconds = found[place]
+        known = estimates.unknown.isdisjoint(tasks)
+        groups.append(
+            Group(
+                tuple(tasks),
+                inputs[place],
+                tuple(outputs),
+                rank,
+                retries(outputs[-1]),
+                _kind(tasks, outputs),
+                seconds if known else None,
+            )
+        )
+    return groups
+
+
+#: What a step from group to group takes besides the tasks, for the length of paths.
+HOP_SECONDS = 0.1
+
+
+def _kind(tasks: Sequence[Key], outputs: Sequence[Key]) -> str:
+    """Name a group after its last layer and its size."""
+    name = key_split(outputs[-1])
+    return name if len(tasks) == 1 else f"{name} ({len(tasks)})"
+
+
+def _backwards(
+    dependencies: Mapping[int, set[int]], readers: Sequence[Sequence[int]]
+) -> Iterable[int]:
+    """Yield groups, each after all that read from it."""
+    waiting = [len(found) for found in readers]
+    ready = [place for place, count in enumerate(waiting) if not count]
+    while ready:
+        place = ready.pop()
+        yield place
+        for maker in dependencies[place]:
+            waiting[maker] -= 1
+            if not waiting[maker]:
+                ready.append(maker)
+
+
+def topological(graph: Graph, without: set[Key]) -> list[Key]:
+    """Return tasks, each after those that it reads, and near them.
+
+    Raises
+    ------
+    CyclicGraphError
+        If there is no such order.
+    """
+    done: set[Key] = set(without)
+    ordered: list[Key] = []
+    active: set[Key] = set()
+    tasks = graph.tasks
+    wanted = {graph.resolve(key) for key in graph.outputs}
+    wanted |= {d for key in without for d in graph.dependencies(key)}
+    for first in _sorted(key for key in wanted if key in tasks):
+        stack = [first]
+        while stack:
+            key = stack[-1]
+            if key in done:
+                stack.pop()
+                continue
+            missing = [d for d in graph.dependencies(key) if d in tasks and d not in done]
+            if missing and key in active:
+                raise CyclicGraphError(f"Cycle detected in Dask: {short(missing[0])}, {short(key)}")
+            if missing:
+                active.add(key)
+                stack += _sorted(missing, reverse=True)
+                continue
+            stack.pop()
+            active.discard(key)
+            done.add(key)
+            ordered.append(key)
+    return ordered
+
+
+def _sorted(keys: Iterable[Key], reverse: bool = False) -> list[Key]:
     try:
-        priorities: Mapping[Key, int] = order(graph.source)  # type: ignore[assignment,arg-type]
+        return sorted(keys, reverse=reverse)  # type: ignore[type-var]
+    except TypeError:  # of several kinds
+        return sorted(keys, key=repr, reverse=reverse)
+
+
+def _order(nodes: Mapping[Any, Any], dependencies: Mapping[Any, Any] | None = None) -> Any:
+    try:
+        return order(nodes, dependencies)
     except RuntimeError as error:  # "Cycle detected in Dask: ..."
         raise CyclicGraphError(str(error)) from error
-    return priorities
 
 
-def _client_tasks(
-    graph: Graph, dependencies: Mapping[Key, set[Key]], outputs: set[Key]
-) -> set[Key]:
+def _client_tasks(graph: Graph, outputs: set[Key]) -> set[Key]:
     """Find the requested tasks that only put blocks together and that nothing else reads."""
     candidates = {key for key in outputs if key in graph.tasks and is_finaliser(graph.tasks[key])}
     if candidates:
-        for reads in dependencies.values():
-            candidates -= reads
+        for key in graph.tasks:
+            candidates -= graph.dependencies(key)
     return candidates

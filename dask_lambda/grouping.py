@@ -1,0 +1,645 @@
+"""Which tasks run together.  Pure.  May import: kernels, estimates, cost_model, graph, errors.
+
+Data that has one reader should not leave the worker, and what is cheaper to make than to read
+should not be stored.  Three steps, each of which compares seconds (:mod:`dask_lambda.cost_model`):
+
+1. *Views and copies*.  A task that is cheap and reads one value only (a slice, a transposed block,
+   one item of a tuple) joins the task that it reads from, or is repeated by each of its readers; so
+   is a block that is made of nothing (zeros, random numbers with their seed).
+2. *Merging*.  A group whose outputs are read by one other group only may join it.  This is decided
+   for a *class* of groups at once: those of the same layer at the same height of the graph.
+   With unlimited concurrency time is the longest path; with little it is the work divided by the
+   window; Graham's bound for list scheduling is their sum (Bell System Technical Journal 45,
+   1966).  That, and the money in the time that it is worth, must not grow.
+3. *Tiles*.  Where a class has more groups than the window, groups whose keys are neighbours are put
+   into blocks: a block of p x q tiles of a matrix product reads p + q panels in place of 2 p q.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from dask.utils import key_split
+
+from dask_lambda.cost_model import CostModel
+from dask_lambda.estimates import Estimates
+from dask_lambda.graph import Graph
+from dask_lambda.kernels import Catalogue
+from lambda_worker.protocol import Key
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Why some tasks run together, or why they do not.
+
+    Attributes
+    ----------
+    what : str
+        "repeat", "join", "merge" or "tile".
+    producer, consumer : str
+        Layers, as key prefixes.
+    count : int
+        How many producers it is about.
+    done : bool
+    why : str
+        In seconds, as the cost model has them.
+    """
+
+    what: str
+    producer: str
+    consumer: str
+    count: int
+    done: bool
+    why: str
+
+    def __str__(self) -> str:
+        verb = {"repeat": "repeated in", "join": "joined to", "merge": "merged into", "tile": "in"}
+        sign = "" if self.done else "not "
+        return (
+            f"{self.count:,} x {self.producer} {sign}{verb[self.what]} {self.consumer}: {self.why}"
+        )
+
+
+@dataclass(slots=True)
+class _Unit:
+    """A group in the making; numbers stand for tasks and data."""
+
+    tasks: list[int]
+    reads: set[int]  # what it gets from elsewhere
+    repeats: set[int]  # what it makes itself, though others make it too
+    work: float  # seconds, without the repeats
+    peak: float  # bytes
+    written: float  # bytes of its outputs, those that do not travel inline
+    writes: int
+    start: float = 0.0
+    finish: float = 0.0
+    seconds: float = 0.0  # of its invocation
+    usd: float = 0.0
+
+
+class Grouping:
+    """Groups the tasks of a graph.
+
+    Parameters
+    ----------
+    graph : Graph
+    order : sequence of key
+        The tasks to group, each after those that it reads.
+    keep : set of key
+        Tasks whose values are needed in the end.
+    estimates : Estimates
+    model : CostModel
+    signature : callable
+        Tasks run together only if this is the same for them (retries, for one).
+
+    Attributes
+    ----------
+    decisions : list of Decision
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        order: Sequence[Key],
+        keep: set[Key],
+        estimates: Estimates,
+        model: CostModel,
+        signature: Callable[[Key], Hashable] | None = None,
+    ):
+        self.decisions: list[Decision] = []
+        self._graph, self._model = graph, model
+        self._keys: list[Key] = list(order)
+        number = {key: i for i, key in enumerate(self._keys)}
+        self._count = count = len(self._keys)
+        self._keep = {number[key] for key in keep if key in number}
+        self._signature = signature
+        self._seconds = [estimates.seconds[key] for key in self._keys]
+        self._nbytes = [estimates.nbytes[key] for key in self._keys]
+        self._deps: list[list[int]] = []
+        aliases = graph.aliases
+        for key in self._keys:
+            deps: list[int] = []
+            for name in graph.tasks[key].dependencies:
+                target = aliases.get(name, name) if aliases else name
+                i = number.get(target)
+                if i is None:  # data: numbered behind the tasks
+                    i = number[target] = len(self._nbytes)
+                    self._nbytes.append(estimates.nbytes[target])
+                if i not in deps:
+                    deps.append(i)
+            self._deps.append(deps)
+        self._readers: list[list[int]] = [[] for _ in self._nbytes]
+        for i, reads in enumerate(self._deps):
+            for d in reads:
+                self._readers[d].append(i)
+        catalogue = Catalogue()
+        self._known = [catalogue.kernel(key, graph.tasks[key]).known for key in self._keys]
+        self._parent = list(range(count))  # union-find: who is in whose unit
+        self._repeated: set[int] = set()  # tasks that are made by each unit that reads them
+        self._repeat_seconds: dict[int, float] = {}
+        self._units: dict[int, _Unit] = {}
+
+    # -- the result ------------------------------------------------------------------------------
+
+    def groups(self) -> list[tuple[list[Key], list[Key], float]]:
+        """Return for each group its tasks in order, its outputs, and its seconds."""
+        self._copies()
+        self._make_units()
+        self._merge()
+        blocks = self._tile()
+        keys, found = self._keys, []
+        home: dict[int, int] = {}
+        ordered = [self._in_order(block) for block in blocks]
+        for place, (tasks, _) in enumerate(ordered):
+            for i in tasks:
+                home[i] = place
+        for place, (tasks, repeats) in enumerate(ordered):
+            outputs = []
+            for i in tasks:
+                if i in self._keep:
+                    outputs.append(i)
+                    continue
+                for r in self._readers[i]:
+                    if home.get(r) != place and self._leaves(r, place, home):
+                        outputs.append(i)
+                        break
+            seconds = sum([self._seconds[i] for i in (*tasks, *repeats)])
+            every = self._with_repeats(tasks)
+            found.append(([keys[i] for i in every], [keys[i] for i in outputs], seconds))
+        return found
+
+    def _leaves(self, reader: int, place: int, home: dict[int, int]) -> bool:
+        """Tell whether a reader is in another group, itself or as a repeated task."""
+        if reader in self._repeated:
+            return any(self._leaves(r, place, home) for r in self._readers[reader])
+        return home[reader] != place
+
+    def _in_order(self, block: Sequence[int]) -> tuple[list[int], set[int]]:
+        units = [self._units[root] for root in block]
+        repeats = set[int]().union(*(unit.repeats for unit in units))
+        if len(units) == 1:
+            return units[0].tasks, repeats
+        # In turns: tiles that read the same panels read them at about the same time.
+        tasks = []
+        for step in range(max(len(unit.tasks) for unit in units)):
+            tasks += [unit.tasks[step] for unit in units if step < len(unit.tasks)]
+        return tasks, repeats
+
+    def _with_repeats(self, tasks: Iterable[int]) -> Iterator[int]:
+        """Yield tasks, each behind the repeated ones that it reads."""
+        if not self._repeated:
+            yield from tasks
+            return
+        there: set[int] = set()
+        for task in tasks:
+            stack = [task]
+            while stack:
+                i = stack[-1]
+                missing = [d for d in self._deps[i] if d in self._repeated and d not in there]
+                if missing:
+                    stack += missing
+                    continue
+                stack.pop()
+                if i not in there:
+                    there.add(i)
+                    yield i
+
+    # -- 1: views and copies ---------------------------------------------------------------------
+
+    def _copies(self) -> None:
+        """Find what is repeated by each reader, and what joins the task that it reads from."""
+        tally: dict[tuple[str, int, int], int] = defaultdict(int)
+        for i in range(self._count):
+            if i in self._keep or not self._known[i]:
+                continue
+            readers = len(self._readers[i])
+            if readers < 2 or any(
+                d < self._count and d not in self._repeated for d in self._deps[i]
+            ):
+                continue
+            if self._repeats_if_cheaper(i, readers):
+                tally["repeat", i, self._readers[i][0]] += 1
+        for d in range(self._count):
+            if d not in self._repeated:
+                self._place_views(d, tally)
+        for (what, i, reader), count in self._by_layer(tally).items():
+            self._decide(what, i, reader, count)
+
+    def _repeats_if_cheaper(self, i: int, readers: int) -> bool:
+        """Let each reader make a value that needs nothing but data, if that is cheaper."""
+        model, seconds = self._model, self._seconds[i]
+        for d in self._deps[i]:
+            if d in self._repeated:
+                seconds += self._repeat_seconds[d]
+            else:
+                seconds += model.read_seconds(self._nbytes[d])
+        size = self._nbytes[i]
+        once = seconds + model.invoke_seconds + model.write_seconds(size)
+        if readers * seconds > once + readers * model.read_seconds(size):
+            return False
+        self._repeated.add(i)
+        self._repeat_seconds[i] = seconds
+        return True
+
+    def _place_views(self, d: int, tally: dict[tuple[str, int, int], int]) -> None:
+        """Decide about the cheap tasks that read a task and nothing else.
+
+        Each may join it ("up": what it shows is stored), or be repeated by its readers ("down": the
+        whole is stored).
+        """
+        model, nbytes = self._model, self._nbytes
+        views = [
+            t
+            for t in self._readers[d]
+            if len(self._deps[t]) == 1
+            and self._known[t]
+            and self._seconds[t] <= model.invoke_seconds
+            and self._alike(d, t)
+        ]
+        if not views:
+            return
+        rest = len(views) < len(self._readers[d]) or d in self._keep
+        if not rest and len(views) == 1 and views[0] not in self._keep:
+            return  # one reader: merging decides
+        whole_read, whole_write = model.read_seconds(nbytes[d]), model.write_seconds(nbytes[d])
+        up, down = {}, {}
+        for t in views:
+            readers = len(self._readers[t])
+            up[t] = model.write_seconds(nbytes[t]) + readers * model.read_seconds(nbytes[t])
+            both = sum(1 for r in self._readers[t] if d in self._deps[r])
+            down[t] = (readers - both) * whole_read + readers * self._seconds[t]
+            if t in self._keep:
+                down[t] = math.inf
+        best = {t: min(up[t], down[t]) for t in views}
+        if not rest and sum(up.values()) <= whole_write + sum(best.values()):
+            best = up
+        for t in views:
+            if best[t] == up[t]:
+                self._parent[t] = d
+                tally["join", t, d] += 1
+            else:
+                self._repeated.add(t)
+                self._repeat_seconds[t] = self._seconds[t]
+                tally["repeat", t, self._readers[t][0]] += 1
+
+    def _alike(self, i: int, j: int) -> bool:
+        if self._signature is None:
+            return True
+        return self._signature(self._keys[i]) == self._signature(self._keys[j])
+
+    # -- units -----------------------------------------------------------------------------------
+
+    def _find(self, i: int) -> int:
+        parent = self._parent
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    def _make_units(self) -> None:
+        members: dict[int, list[int]] = defaultdict(list)
+        for i in range(self._count):
+            if i not in self._repeated:
+                members[self._find(i)].append(i)
+        deps, nbytes = self._deps, self._nbytes
+        for root, tasks in members.items():
+            if len(tasks) == 1:
+                outside = deps[root]
+            else:
+                inside = set(tasks)
+                outside = [d for t in tasks for d in deps[t] if d not in inside]
+            reads, repeats = set(outside), set[int]()
+            if self._repeated:
+                reads, repeats = self._seen_through(outside)
+            held = sum([nbytes[d] for d in {*outside, *tasks}])
+            work = sum([self._seconds[t] for t in tasks])
+            self._units[root] = unit = _Unit(tasks, reads, repeats, work, held, 0.0, 0)
+            self._count_outputs(unit)
+            self._assess(unit)
+
+    def _seen_through(self, outside: list[int]) -> tuple[set[int], set[int]]:
+        """Return what is read when repeated tasks are run in place of being read, and those."""
+        reads: set[int] = set()
+        repeats: set[int] = set()
+        stack = list(outside)
+        while stack:
+            d = stack.pop()
+            if d not in self._repeated:
+                reads.add(d)
+            elif d not in repeats:
+                repeats.add(d)
+                stack += self._deps[d]
+        return reads, repeats
+
+    def _count_outputs(self, unit: _Unit) -> None:
+        inside = set(unit.tasks)
+        inline = self._model.inline_bytes
+        for t in unit.tasks:
+            size = self._nbytes[t]
+            if size > inline and (t in self._keep or not inside.issuperset(self._readers[t])):
+                unit.writes += 1
+                unit.written += size
+
+    def _assess(self, unit: _Unit) -> _Unit:
+        """Note how long a unit's invocation takes, and what it costs."""
+        work, model, nbytes = unit.work, self._model, self._nbytes
+        for i in unit.repeats:
+            work += self._seconds[i]
+        inline, count, total = model.inline_bytes, 0, 0
+        for d in unit.reads:
+            if (size := nbytes[d]) > inline:
+                count += 1
+                total += size
+        unit.seconds = model.group_time(work, count, total, unit.writes, unit.written)
+        unit.usd = model.group_usd(unit.seconds, count, unit.writes)
+        return unit
+
+    # -- 2: merging ------------------------------------------------------------------------------
+
+    def _merge(self) -> None:
+        """Merge units into their only readers, class by class from the leaves to the root."""
+        readers = self._reader_units()
+        below: dict[int, set[int]] = {root: set() for root in self._units}
+        for root, found in readers.items():
+            for reader in found:
+                below[reader].add(root)
+        for members in self._classes(below):
+            changed = True
+            while changed:  # of what two read that are merged now, one is the only reader
+                changed = False
+                for merged, units in self._options(members, below, readers):
+                    changed = True
+                    for root, candidates in merged.items():
+                        self._absorb(root, candidates, units[root], below, readers)
+            for root in members:
+                unit = self._units[root]
+                unit.start = max((self._units[p].finish for p in below[root]), default=0.0)
+                unit.finish = unit.start + unit.seconds
+
+    def _absorb(
+        self,
+        root: int,
+        candidates: list[int],
+        unit: _Unit,
+        below: dict[int, set[int]],
+        readers: dict[int, set[int]],
+    ) -> None:
+        for p in candidates:
+            self._parent[p] = root
+            del self._units[p]
+            below[root] |= below[p]
+            for q in below[p]:
+                readers[q].discard(p)
+                readers[q].add(root)
+        below[root] -= set(candidates)
+        self._units[root] = unit
+
+    def _reader_units(self) -> dict[int, set[int]]:
+        readers: dict[int, set[int]] = {root: set() for root in self._units}
+        for root, unit in self._units.items():
+            for d in unit.reads:
+                if d < self._count:
+                    readers[self._find(d)].add(root)
+        return readers
+
+    def _classes(self, below: dict[int, set[int]]) -> Iterator[list[int]]:
+        """Yield units of one layer and height, those of smaller height first."""
+        height: dict[int, int] = {}
+        classes: dict[tuple[int, Any], list[int]] = defaultdict(list)
+        for root in self._topological(below):
+            height[root] = max((height[p] + 1 for p in below[root]), default=0)
+            classes[height[root], _layer(self._keys[root])].append(root)
+        for key in sorted(classes, key=lambda key: key[0]):
+            yield classes[key]
+
+    def _topological(self, below: dict[int, set[int]]) -> Iterator[int]:
+        # Tasks are numbered in topological order, but a unit may hold later ones than its root.
+        done: set[int] = set()
+        for first in below:
+            stack = [first]
+            while stack:
+                root = stack[-1]
+                missing = [p for p in below[root] if p not in done] if root not in done else []
+                if missing:
+                    stack += missing
+                    continue
+                stack.pop()
+                if root not in done:
+                    done.add(root)
+                    yield root
+
+    def _options(
+        self, members: list[int], below: dict[int, set[int]], readers: dict[int, set[int]]
+    ) -> Iterator[tuple[dict[int, list[int]], dict[int, _Unit]]]:
+        """Yield what is to be merged into the units of a class, layer by layer of producers."""
+        layers: dict[Any, dict[int, list[int]]] = defaultdict(dict)
+        for root in members:
+            for p in sorted(below[root]):
+                if len(readers[p]) == 1 and self._free(p) and self._alike(p, root):
+                    layers[_layer(self._keys[p])].setdefault(root, []).append(p)
+        if not layers:
+            return
+        together: dict[int, list[int]] = defaultdict(list)
+        for found in layers.values():
+            for root, candidates in found.items():
+                together[root] += candidates
+        if len(layers) > 1 and (units := self._wins(together, below, note=False)):
+            yield together, units
+            return
+        for layer in sorted(layers, key=lambda layer: -len(layers[layer])):
+            if units := self._wins(layers[layer], below):
+                yield layers[layer], units
+
+    def _free(self, p: int) -> bool:
+        """Tell whether nothing that a unit makes is needed in the end."""
+        return not any(t in self._keep for t in self._units[p].tasks)
+
+    def _wins(
+        self, merged: dict[int, list[int]], below: dict[int, set[int]], *, note: bool = True
+    ) -> dict[int, _Unit]:
+        """Return the merged units of a class if merging is better, else nothing."""
+        model, units = self._model, self._units
+        seconds = usd = 0.0
+        before = after = begin = 0.0
+        found: dict[int, _Unit] = {}
+        for root, candidates in merged.items():
+            unit = units[root]
+            joined = found[root] = self._merged(root, candidates)
+            too_large = joined.peak > max(model.room, unit.peak)
+            if too_large or joined.seconds > max(model.group_seconds, unit.seconds):
+                if note:
+                    why = (
+                        f"it would hold {joined.peak / 2**20:,.0f} MB and take "
+                        f"{joined.seconds:,.1f} s; at most {model.room / 2**20:,.0f} MB "
+                        f"and {model.group_seconds:g} s"
+                    )
+                    self._decide("merge", candidates[0], root, len(candidates), False, why)
+                return {}
+            chosen = set(candidates)
+            parts = [units[p] for p in candidates]
+            seconds += joined.seconds - unit.seconds - sum(part.seconds for part in parts)
+            usd += joined.usd - unit.usd - sum(part.usd for part in parts)
+            rest = max((units[q].finish for q in below[root] if q not in chosen), default=0.0)
+            start = max(rest, *(part.finish for part in parts))
+            before = max(before, start + unit.seconds)
+            start = max(rest, *(part.start for part in parts))
+            after = max(after, start + joined.seconds)
+            begin = max(begin, *(part.start for part in parts))
+        path = after - before
+        if 0 < path <= model.tolerance * (before - begin):
+            path = 0.0
+        good = path + seconds / model.window + usd / model.waiting_usd <= 1e-9
+        if note or good:
+            root, candidates = next(iter(merged.items()))
+            why = (
+                f"path {after - before:+.3f} s of {before - begin:.3f} s, "
+                f"work {seconds:+.3f} s, {usd:+.6f} USD"
+            )
+            count = sum(len(parts) for parts in merged.values())
+            self._decide("merge", candidates[0], root, count, good, why)
+        return found if good else {}
+
+    def _merged(self, root: int, candidates: Sequence[int]) -> _Unit:
+        """Describe a unit into which others are merged."""
+        unit = self._units[root]
+        parts = [self._units[p] for p in candidates]
+        tasks = [t for part in parts for t in part.tasks] + unit.tasks
+        reads = unit.reads.union(*(part.reads for part in parts)).difference(tasks)
+        repeats = unit.repeats.union(*(part.repeats for part in parts))
+        peak, held = unit.peak, 0.0
+        for part, p in zip(parts, candidates, strict=True):
+            peak = max(peak, held + part.peak)
+            if len(parts) < 3:  # terms of a longer sum are added up as they come
+                held += self._nbytes[p]
+            else:
+                held = max(held, self._nbytes[p])
+        if len(parts) >= 3:
+            peak = max(*(part.peak for part in parts)) + 2 * held
+        work = unit.work + sum(part.work for part in parts)
+        joined = _Unit(tasks, reads, repeats, work, peak, unit.written, unit.writes)
+        return self._assess(joined)
+
+    # -- 3: tiles --------------------------------------------------------------------------------
+
+    def _tile(self) -> list[list[int]]:
+        """Put units into blocks that share what they read."""
+        classes: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        below: dict[int, set[int]] = {root: set() for root in self._units}
+        for root, found in self._reader_units().items():
+            for reader in found:
+                below[reader].add(root)
+        height: dict[int, int] = {}
+        for root in self._topological(below):
+            height[root] = max((height[p] + 1 for p in below[root]), default=0)
+            unit, key = self._units[root], self._keys[root]
+            alike = None if self._signature is None else self._signature(key)
+            kind = height[root], _layer(key), len(_indices(key)), len(unit.tasks), alike
+            classes[kind].append(root)
+        blocks = []
+        for members in classes.values():
+            if len(members) > self._model.window and len(_indices(self._keys[members[0]])) > 1:
+                blocks += self._blocks(members)
+            else:
+                blocks += [[root] for root in members]
+        return blocks
+
+    def _blocks(self, members: list[int]) -> list[list[int]]:
+        """Choose the size of the blocks for one class: the least time for all of them."""
+        places = {root: _indices(self._keys[root]) for root in members}
+        axes = [sorted(set(axis)) for axis in zip(*places.values(), strict=True)]
+        ranks = [{index: rank for rank, index in enumerate(axis)} for axis in axes]
+        sizes = [_powers(len(axis)) for axis in axes]
+        best: list[list[int]] = [[root] for root in members]
+        best_time = self._waves(best)
+        alone = best_time
+        for shape in product(*sizes):
+            if 1 < math.prod(shape) <= len(members):
+                blocks: dict[tuple[int, ...], list[int]] = defaultdict(list)
+                for root in members:
+                    at = zip(places[root], ranks, shape, strict=True)
+                    blocks[tuple(rank[index] // n for index, rank, n in at)].append(root)
+                found = list(blocks.values())
+                if (time := self._waves(found)) < best_time:
+                    best, best_time = found, time
+        layer = members[0]
+        shape_text = f"blocks of {max(map(len, best))}"
+        why = f"{shape_text} take {best_time:.3f} s, one by one {alone:.3f} s"
+        self._decide("tile", layer, layer, len(members), done=len(best) < len(members), why=why)
+        return best
+
+    def _waves(self, blocks: list[list[int]]) -> float:
+        """Return how long blocks take, window after window; infinite if they do not fit."""
+        largest = max(blocks, key=len)
+        units = [self._units[root] for root in largest]
+        reads = set[int]().union(*(unit.reads for unit in units))
+        repeats = set[int]().union(*(unit.repeats for unit in units))
+        work = sum(unit.work for unit in units) + sum(self._seconds[r] for r in repeats)
+        shared = max(unit.peak for unit in units)
+        peak = shared + sum(self._nbytes[root] for root in largest)
+        model = self._model
+        if len(largest) > 1 and peak > model.room:
+            return math.inf
+        sizes = [size for d in reads if not model.is_inline(size := self._nbytes[d])]
+        time = model.group_time(
+            work,
+            len(sizes),
+            sum(sizes),
+            sum(unit.writes for unit in units),
+            sum(unit.written for unit in units),
+        )
+        if len(largest) > 1 and time > model.group_seconds:
+            return math.inf
+        return math.ceil(len(blocks) / model.window) * time
+
+    # -- why -------------------------------------------------------------------------------------
+
+    def _by_layer(self, tally: dict[tuple[str, int, int], int]) -> dict[tuple[str, int, int], int]:
+        first: dict[tuple[str, Any, Any], tuple[int, int]] = {}
+        counts: dict[tuple[str, Any, Any], int] = defaultdict(int)
+        for (what, i, reader), count in tally.items():
+            name = what, _layer(self._keys[i]), _layer(self._keys[reader])
+            first.setdefault(name, (i, reader))
+            counts[name] += count
+        return {(name[0], *first[name]): count for name, count in counts.items()}
+
+    def _decide(
+        self,
+        what: str,
+        producer: int,
+        consumer: int,
+        count: int,
+        done: bool = True,
+        why: str = "",
+    ) -> None:
+        if not why:
+            size = self._nbytes[producer]
+            why = (
+                f"{self._seconds[producer] * 1e3:.1f} ms to make, "
+                f"{self._model.read_seconds(size) * 1e3:.1f} ms to read ({size:,.0f} bytes)"
+            )
+        keys = self._keys
+        self.decisions.append(
+            Decision(what, key_split(keys[producer]), key_split(keys[consumer]), count, done, why)
+        )
+
+
+def _layer(key: Key) -> Any:
+    """Return what the keys of one layer have in common."""
+    return key[0] if type(key) is tuple and key else key_split(key)
+
+
+def _indices(key: Key) -> tuple[int, ...]:
+    """Return a block's place in its array."""
+    if type(key) is not tuple or not all(isinstance(index, int) for index in key[1:]):
+        return ()
+    return key[1:]
+
+
+def _powers(count: int) -> list[int]:
+    """Return 1, 2, 4, ... up to a number, and that number."""
+    return sorted({*(2**i for i in range(count.bit_length()) if 2**i <= count), count})
