@@ -36,10 +36,11 @@ class Settings:
     endpoint_url: str | None
     concurrency: int | None
     inline_bytes: int
-    plan: Literal["none"]
+    plan: Literal["auto", "none"]
     memory: int
     timeout: int
     retries: int
+    default_task_seconds: dict[str, float]
 
     @classmethod
     def resolve(cls, **overrides: Any) -> Settings:
@@ -61,7 +62,7 @@ class Settings:
 
     def _validate(self) -> None:
         _choice("backend", self.backend, ("auto", "local", "aws"))
-        _choice("plan", self.plan, ("none",))
+        _choice("plan", self.plan, ("auto", "none"))
         for name in ("function", "bucket", "region", "endpoint_url"):
             _check(name, getattr(self, name), "text", lambda v: v is None or _is_name(v))
         _check(
@@ -77,6 +78,12 @@ class Settings:
         timeout = f"1 to {MAX_TIMEOUT} (seconds)"
         _check("timeout", self.timeout, timeout, lambda v: _int(v, 1, MAX_TIMEOUT))
         _check("retries", self.retries, "0 or more", lambda v: _int(v, 0))
+        _check(
+            "default_task_seconds",
+            self.default_task_seconds,
+            "a mapping of key prefixes to seconds",
+            lambda v: isinstance(v, dict) and all(_seconds(each) for each in v.values()),
+        )
         if self.backend == "aws" and not (self.function and self.bucket):
             missing = [n for n in ("function", "bucket") if not getattr(self, n)]
             raise ConfigurationError(
@@ -124,6 +131,10 @@ def _is_name(value: Any) -> bool:
 def _int(value: Any, low: int, high: int | None = None) -> bool:
     is_int = isinstance(value, int) and not isinstance(value, bool)
     return is_int and value >= low and (high is None or value <= high)
+
+
+def _seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -21,13 +21,14 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import errors, failures
 from dask_lambda.encode import Encoder
 from dask_lambda.graph import Graph, short
-from dask_lambda.plan import Group, Plan
-from dask_lambda.run import Run, RunFailed, RunSucceeded, Sealed, TaskFinished, TaskStarted
+from dask_lambda.plan import Group, Plan, split
+from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
 from dask_lambda.state import (
     Done,
     Event,
@@ -149,6 +150,7 @@ class Engine:
         keep_results: bool = False,
         watch: bool = False,
         watch_values: bool = False,
+        learn: Learn | None = None,
     ) -> Run:
         """Start a run.
 
@@ -160,7 +162,10 @@ class Engine:
         keep_results : bool
             Leave the results in S3, in place of fetching them.
         watch : bool
-            Tell of each task in ``Run.events``; with ``watch_values`` with its value.
+            Tell of each task in ``Run.events``; with ``watch_values``, which needs a plan of single
+            tasks, with its value.
+        learn : callable, optional
+            Told what the workers measured.
         """
         readers = Counter(key for group in plan.groups for key in group.inputs)
         name, secret = tokens.token_hex(16), tokens.token_bytes(32)
@@ -185,6 +190,7 @@ class Engine:
             watch=watch,
             watch_values=watch_values,
             shared=frozenset(key for key, count in readers.items() if count > 1),
+            learn=learn,
         )
         with self._lock:  # close() ends every run that was started before it
             if self.closed:
@@ -274,17 +280,18 @@ class Engine:
         if not run.keep_results:
             for key in run.plan.fetch & run.graph.stored.keys():
                 self._fetch(run, self._fetch_stored(run, key))
-        self._handle(GroupsAdded(run.name, run.plan.groups, run.plan.keep))
+        plan, auto = run.plan, run.plan.mode != "none"
+        smaller = partial(split, run.graph) if auto else None
+        self._handle(GroupsAdded(run.name, plan.groups, plan.keep, split=smaller, batch=auto))
 
     def _handle(self, event: Event) -> None:
         for instruction in self.state.handle(event, time.monotonic()):
             match instruction:
                 case Invoke():
                     run = self._runs[instruction.run]
-                    if run.watch and not instruction.tries:
+                    if run.watch:
                         for group in instruction.groups:
-                            for key in group.tasks:
-                                run.events.put(TaskStarted(key))
+                            run.tell_started(group)
                     self._spawn(self._invoke(run, instruction))
                 case Release(name, keys):
                     self._release(self._runs[name], keys)
@@ -331,6 +338,8 @@ class Engine:
     async def _outcomes(self, run: Run, instruction: Invoke) -> Sequence[Done | Failure] | Failure:
         """Send an invocation; return what became of each group, or of it as a whole."""
         groups = instruction.groups
+        if len(groups) == 1 and (failure := self._too_large(run, groups[0])) is not None:
+            return failure
         inline = run.inline_bytes if self._held() < MAX_HELD_BYTES else 0
         payload = await run.encoder.payload(groups, run.values, inline)
         if run.over:  # cancelled or failed meanwhile: do not spend money
@@ -359,9 +368,19 @@ class Engine:
             else:
                 run.counts.tasks += len(group.tasks)
                 run.counts.compute_seconds += record["seconds"]
+                if run.learn is not None:
+                    run.learn(group, record.get("tasks", {}))
                 await self._take(run, group, record["outputs"])
                 outcomes.append(Done(record["seconds"]))
         return outcomes
+
+    def _too_large(self, run: Run, group: Group) -> Failure | None:
+        """Refuse a task whose inputs alone exceed the function's memory, before it is paid for."""
+        memory = self.backend.invoker.memory_mb
+        if len(group.tasks) > 1 or memory is None:
+            return None
+        nbytes = sum(run.values[key].size for key in group.inputs)
+        return failures.from_inputs(nbytes, memory) if nbytes > memory * 2**20 else None
 
     def _count(self, run: Run, instruction: Invoke, reply: Reply) -> None:
         counts = run.counts
@@ -395,10 +414,21 @@ class Engine:
                     self._fetch(run, self._fetch_result(run, key, value))
                 else:
                     run.results[key] = Sealed(data, run.secret, value.name)
-            if run.watch:
-                if data is None and run.watch_values:
+        if run.watch and not run.over:
+            data = None
+            if run.watch_values:
+                value = run.values[group.outputs[0]]
+                data = value.data
+                if data is None:
                     data = await run.store.get_async(value.name, value.size)
-                run.events.put(TaskFinished(key, data))
+            run.tell_finished(group, data)
+
+    def _expected(self, run: Run) -> Iterable[Key]:
+        """Return what the invocations in flight may yet write."""
+        for groups in self.state.in_flight.values():
+            for group in groups:
+                if group.run.name == run.name:
+                    yield from group.spec.outputs
 
     def _held(self) -> int:
         return sum(run.held for run in self._runs.values())
@@ -563,7 +593,7 @@ class Engine:
         while self._runs and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         for run in list(self._runs.values()):  # what is still in flight may yet write these
-            run.uncertain.update(run.object_name(k) for g in run.plan.groups for k in g.outputs)
+            run.uncertain.update(run.object_name(key) for key in self._expected(run))
             run.drained.set()
             await self._sweep(run)
         names = [name for _, kept in self._kept.values() for name in kept]

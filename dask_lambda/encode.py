@@ -16,6 +16,8 @@ import json
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from dask._task_spec import Alias, GraphNode
+
 from dask_lambda.errors import PayloadTooLargeError, UnserializableError
 from dask_lambda.graph import Graph, short
 from dask_lambda.pickling import FunctionCache
@@ -154,17 +156,24 @@ class Encoder:
         secrets: dict[str, bytes],
     ) -> GroupRequest:
         graph = self._graph
-        tasks = [graph.tasks[key] for key in group.tasks]
+        tasks: list[GraphNode] = []
         inner = set(group.tasks)
         places: dict[Key, int] = {}
         inputs: list[Value] = []
         names: list[Key] = []
         sources: list[int] = []
-        for task in tasks:
+        named: set[Key] = set()
+        for task in map(graph.tasks.__getitem__, group.tasks):
             for name in task.dependencies:
+                if name in named:
+                    continue
                 key = graph.resolve(name)
                 if key in inner:
+                    if name != key:
+                        tasks.append(Alias(name, key))  # type: ignore[arg-type]
+                        named.add(name)
                     continue
+                named.add(name)
                 if key not in places:
                     places[key] = len(inputs)
                     if (value := values.get(key)) is None:
@@ -172,6 +181,7 @@ class Encoder:
                     inputs.append(value)
                 names.append(name)
                 sources.append(places[key])
+            tasks.append(task)
         body = Body(tasks, names, sources, list(group.outputs))
         try:
             with protocol.collect_references() as references:

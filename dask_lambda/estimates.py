@@ -12,7 +12,7 @@ that was never seen nothing is known.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,28 @@ class History:
             weight = min(1.0, count / known.count)
             known.seconds += weight * (seconds[0] / max(seconds[1], 1e-12) - known.seconds)
             known.nbytes += weight * (nbytes[0] / max(nbytes[1], 1.0) - known.nbytes)
+
+    def learn(
+        self, guessed: Estimates, tasks: Iterable[Key], measured: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Take note of what a worker measured for the tasks of one group.
+
+        Parameters
+        ----------
+        guessed : Estimates
+            What :func:`guess` said.
+        tasks : iterable of key
+        measured : mapping
+            Key prefix to the number of tasks, their seconds, and the bytes of their results.
+        """
+        sums = {prefix: [0.0, 0.0] for prefix in measured}
+        for key in tasks:
+            if (found := sums.get(key_split(key))) is not None:
+                found[0] += guessed.seconds[key]
+                found[1] += guessed.nbytes[key]
+        for prefix, (count, seconds, nbytes) in measured.items():
+            guesses = sums[prefix]
+            self.observe(prefix, int(count), (seconds, guesses[0]), (nbytes, guesses[1]))
 
     def ratio(self, prefix: str) -> tuple[float, float] | None:
         """Return measured over guessed, of seconds and of bytes, or None if nothing is known."""

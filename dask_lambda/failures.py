@@ -220,6 +220,20 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
     )
 
 
+def from_inputs(nbytes: int, memory_mb: int) -> Failure:
+    """Build the failure of a task that was not sent, since its inputs are too large."""
+    return Failure(
+        FailureKind.FATAL,
+        Detail(
+            errors.OutOfMemoryError,
+            f"its inputs of {nbytes / 2**20:,.0f} MB do not fit into the function's "
+            f"{memory_mb:,} MB; it was not sent",
+            "Make the chunks smaller, or give the function more memory (dask-lambda.memory; "
+            "Lambda allows 10,240 MB).",
+        ),
+    )
+
+
 def from_foreign_reply(body: bytes, function: str) -> Failure:
     """Build the failure of an answer that is not one of lambda_worker's."""
     start = body[:200].decode("utf-8", "replace")

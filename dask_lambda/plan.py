@@ -12,7 +12,7 @@ is left to the client.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dask.order import order
@@ -266,6 +266,64 @@ def _backwards(
                 ready.append(maker)
 
 
+def split(graph: Graph, group: Group) -> list[Group]:
+    """Replace a group that was too large by two that do the same; nothing if it is one task.
+
+    Groups with several outputs that share no task are divided by outputs, which also takes less
+    memory; others are cut in two, where the least is passed on from the first to the second.
+    """
+    tasks, outputs = group.tasks, group.outputs
+    if len(tasks) < 2:
+        return []
+    if len(outputs) > 1:
+        half = len(outputs) // 2
+        parts = [_needed(graph, tasks, outputs[:half]), _needed(graph, tasks, outputs[half:])]
+        if not set(parts[0]) & set(parts[1]):
+            halves = (outputs[:half], outputs[half:])
+            return [
+                _part(graph, group, part, found) for part, found in zip(parts, halves, strict=True)
+            ]
+    last = {d: i for i, key in enumerate(tasks) for d in graph.dependencies(key)}
+    first = max(1, len(tasks) // 4)
+    cuts = range(first, len(tasks) - first + 1) if len(tasks) > 2 else (1,)
+    passed = {
+        cut: [key for key in tasks[:cut] if last.get(key, -1) >= cut and key not in outputs]
+        for cut in cuts
+    }
+    cut = min(cuts, key=lambda cut: (len(passed[cut]), abs(2 * cut - len(tasks))))
+    before = set(tasks[:cut])
+    written = [*passed[cut], *(key for key in outputs if key in before)]
+    rest = [key for key in outputs if key not in before]
+    return [
+        _part(graph, group, tasks[:cut], written),
+        _part(graph, group, tasks[cut:], rest),
+    ]
+
+
+def _needed(graph: Graph, tasks: Sequence[Key], outputs: Sequence[Key]) -> list[Key]:
+    """Return those of some tasks, in their order, that the outputs need."""
+    wanted = set(outputs)
+    for key in reversed(tasks):
+        if key in wanted:
+            wanted |= graph.dependencies(key)
+    return [key for key in tasks if key in wanted]
+
+
+def _part(graph: Graph, group: Group, tasks: Sequence[Key], outputs: Sequence[Key]) -> Group:
+    inside = set(tasks)
+    everywhere = set(group.inputs).union(group.tasks)
+    reads = (d for key in tasks for d in graph.dependencies(key))
+    inputs = dict.fromkeys(d for d in reads if d in everywhere and d not in inside)
+    return replace(
+        group,
+        tasks=tuple(tasks),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        kind=_kind(tasks, outputs),
+        seconds=None,
+    )
+
+
 def topological(graph: Graph, without: set[Key]) -> list[Key]:
     """Return tasks, each after those that it reads, and near them.
 
@@ -302,6 +360,7 @@ def topological(graph: Graph, without: set[Key]) -> list[Key]:
 
 
 def _sorted(keys: Iterable[Key], reverse: bool = False) -> list[Key]:
+    keys = list(keys)
     try:
         return sorted(keys, reverse=reverse)  # type: ignore[type-var]
     except TypeError:  # of several kinds

@@ -8,13 +8,14 @@ May import: encode, plan, graph, report, the ground.  The record is made by
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from dask_lambda.encode import Encoder
 from dask_lambda.graph import Graph
-from dask_lambda.plan import Plan
+from dask_lambda.plan import Group, Plan
 from dask_lambda.report import RunCounts
 from lambda_worker import codec, protocol
 from lambda_worker.protocol import Key, Value
@@ -56,6 +57,11 @@ class Sealed(NamedTuple):
     name: str
 
 
+#: Called for each group that is done, with what the worker measured: key prefix to the number of
+#: tasks, their seconds, and the bytes of their results.
+Learn = Callable[[Group, Mapping[str, Sequence[float]]], None]
+
+
 @dataclass(eq=False)
 class Run:
     """One graph being computed.
@@ -84,6 +90,7 @@ class Run:
     watch: bool
     watch_values: bool
     shared: frozenset[Key]  # outputs that several groups read
+    learn: Learn | None = None
     counts: RunCounts = field(default_factory=RunCounts)
     events: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     results: dict[Key, Sealed] = field(default_factory=dict)
@@ -96,12 +103,41 @@ class Run:
     deleting: asyncio.Lock = field(default_factory=asyncio.Lock)
     delete_soon: bool = False
     fetches: set[asyncio.Task[None]] = field(default_factory=set)
+    told: dict[Key, bool] = field(default_factory=dict)  # of which tasks: whether they are done
     over: bool = False  # the outcome is known: nothing more is sent
     drained: asyncio.Event = field(default_factory=asyncio.Event)  # nobody writes any more
 
     def object_name(self, key: Key) -> str:
         """Return the name under which a key's value is stored."""
         return self.encoder.object_name(protocol.key_label(key))
+
+    def tell_started(self, group: Group) -> None:
+        """Tell the caller of the tasks of a group that can start at once.
+
+        The others follow when they are done: who listens expects a task to start after those
+        that it reads are done.
+        """
+        inside = set(group.tasks)
+        for key in group.tasks:
+            if key not in self.told and inside.isdisjoint(self.graph.dependencies(key)):
+                self.told[key] = False
+                self.events.put(TaskStarted(key))
+
+    def tell_finished(self, group: Group, data: Any = None) -> None:
+        """Tell the caller that the tasks of a group are done, each once.
+
+        Parameters
+        ----------
+        group : Group
+        data : buffer, optional
+            The sealed value of its one task, if the caller asked for values.
+        """
+        for key in group.tasks:
+            if key not in self.told:
+                self.events.put(TaskStarted(key))
+            if not self.told.get(key):
+                self.told[key] = True
+                self.events.put(TaskFinished(key, data))
 
     def load(self, key: Key) -> Any:
         """Decode a result, giving up its sealed bytes."""

@@ -10,32 +10,38 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dask.config
 from dask._task_spec import DataNode, Task
-from dask.base import get_annotations, persist
+from dask.base import persist
 from dask.callbacks import local_callbacks
 from dask.local import nested_get
 
 from dask_lambda import graph as graphs
+from dask_lambda.annotations import Annotations
 from dask_lambda.backend import open_backend
 from dask_lambda.callbacks import Callbacks
 from dask_lambda.config import Settings, check_names
 from dask_lambda.cost import Prices
+from dask_lambda.cost_model import CostModel
 from dask_lambda.dispatch import Engine, claim_process
 from dask_lambda.errors import ConfigurationError
+from dask_lambda.estimates import History, estimate, guess
 from dask_lambda.graph import Graph
-from dask_lambda.plan import make_plan
+from dask_lambda.plan import Group, Plan, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
-from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
+from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
 from lambda_worker import codec
 from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts
 
 #: Settings that may be given for one computation: ``x.compute(scheduler=lambda_get, retries=3)``.
-CALL_SETTINGS = frozenset({"retries", "inline_bytes", "plan"})
+CALL_SETTINGS = frozenset({"retries", "inline_bytes", "plan", "default_task_seconds"})
+
+#: What tasks took in this process, whichever scheduler ran them.
+history = History()
 
 #: How long Ctrl-C waits for the objects of the run to be deleted, in seconds.
 CANCEL_SECONDS = 0.8
@@ -63,8 +69,8 @@ class LambdaScheduler:
     **settings
         Any of the settings in ``dask_lambda.yaml``, as keywords: ``backend``, ``function``,
         ``bucket``, ``prefix``, ``region``, ``endpoint_url``, ``concurrency``, ``inline_bytes``,
-        ``plan``, ``memory``, ``timeout``, ``retries``.  They have precedence over Dask's
-        configuration, which is read anew at each run.
+        ``plan``, ``memory``, ``timeout``, ``retries``, ``default_task_seconds``.  They have
+        precedence over Dask's configuration, which is read anew at each run.
 
     Raises
     ------
@@ -185,8 +191,8 @@ class LambdaScheduler:
                 graph = graphs.normalise(nodes, keys)
                 if callbacks:
                     callbacks.begin(graph)
-                retries = _retries(dsk, settings.retries)
-                values = self._run(graph, settings, retries, callbacks, started, persist)
+                annotations = Annotations(dsk)
+                values = self._run(graph, settings, annotations, callbacks, started, persist)
                 failed = False
             finally:
                 callbacks.finish(failed)
@@ -213,19 +219,20 @@ class LambdaScheduler:
         self,
         graph: Graph,
         settings: Settings,
-        retries: Callable[[Key], int],
+        annotations: Annotations,
         callbacks: Callbacks,
         started: float,
         persist: bool,
     ) -> dict[Key, Any]:
         """Run a graph; return the values of its outputs by their resolved keys."""
-        plan = make_plan(graph, mode=settings.plan, finalise=not persist, retries=retries)
+        engine = self._engine(settings) if graph.tasks else None
+        plan, learn = _plan(graph, settings, annotations, callbacks, engine, finalise=not persist)
         values = {key: graph.literals[key] for key in plan.fetch if key in graph.literals}
         if persist:
             for key in plan.fetch & graph.stored.keys():
                 values[key] = graph.stored[key]
         if len(values) < len(plan.fetch):
-            engine = self._engine(settings)
+            engine = engine or self._engine(settings)
             run = engine.start(
                 graph,
                 plan,
@@ -233,6 +240,7 @@ class LambdaScheduler:
                 keep_results=persist,
                 watch=bool(callbacks),
                 watch_values=callbacks.wants_values,
+                learn=learn,
             )
             failed = True
             try:
@@ -313,16 +321,49 @@ class LambdaScheduler:
             return engine
 
 
-def _retries(dsk: Any, default: int) -> Callable[[Key], int]:
-    """Return the retries of each key: its annotation, those active now, or the default."""
-    active = get_annotations().get("retries")
-    if active is not None:
-        default = active
-    annotations: dict[str, Any] = getattr(dsk, "__dask_annotations__", dict)()
-    of_key: dict[Key, int] = annotations.get("retries", {})
-    if not of_key:
-        return lambda key: default
-    return lambda key: of_key.get(key, default)
+def _plan(
+    graph: Graph,
+    settings: Settings,
+    annotations: Annotations,
+    callbacks: Callbacks,
+    engine: Engine | None,
+    *,
+    finalise: bool,
+) -> tuple[Plan, Learn | None]:
+    """Plan a run; return the plan, and who learns from what the workers measure."""
+    retries = annotations.of("retries", settings.retries)
+    if engine is None or settings.plan == "none" or callbacks.wants_values:
+        return make_plan(graph, mode="none", finalise=finalise, retries=retries), None
+    memory_mb = engine.backend.invoker.memory_mb or settings.memory
+    alone = annotations.memory(memory_mb)
+    model = CostModel(
+        inline_bytes=settings.inline_bytes,
+        window=engine.backend.window,
+        memory_bytes=memory_mb * 2**20,
+    )
+    guessed = guess(graph, topological(graph, set()), model.speed)
+    expected = estimate(
+        guessed,
+        graph,
+        history=history,
+        said_seconds=annotations.maybe("seconds"),
+        said_nbytes=annotations.maybe("nbytes"),
+        default_seconds=settings.default_task_seconds,
+    )
+    plan = make_plan(
+        graph,
+        mode="auto",
+        finalise=finalise,
+        retries=retries,
+        estimates=expected,
+        model=model,
+        alike=alone,
+    )
+
+    def learn(group: Group, measured: Mapping[str, Sequence[float]]) -> None:
+        history.learn(guessed, group.tasks, measured)
+
+    return plan, learn
 
 
 def _reference(engine: Engine, run: Run, key: Key) -> Reference:
