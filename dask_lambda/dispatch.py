@@ -361,6 +361,7 @@ class Engine:
         if "error" in content:  # the worker could not read the list of groups
             return failures.from_record(content["error"])
         outcomes: list[Done | Failure] = []
+        seconds = content["milliseconds"] / 1e3 / len(groups)  # batches are of one kind
         for group, record in zip(groups, content["groups"], strict=True):
             if "error" in record:  # perhaps after one of its outputs was written
                 run.uncertain.update(map(run.object_name, group.outputs))
@@ -371,7 +372,7 @@ class Engine:
                 if run.learn is not None:
                     run.learn(group, record.get("tasks", {}))
                 await self._take(run, group, record["outputs"])
-                outcomes.append(Done(record["seconds"]))
+                outcomes.append(Done(seconds))
         return outcomes
 
     def _too_large(self, run: Run, group: Group) -> Failure | None:

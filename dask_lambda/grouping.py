@@ -138,7 +138,9 @@ class Grouping:
             for d in reads:
                 self._readers[d].append(i)
         catalogue = Catalogue()
-        self._known = [catalogue.kernel(key, graph.tasks[key]).known for key in self._keys]
+        kernels = [catalogue.kernel(key, graph.tasks[key]) for key in self._keys]
+        self._known = [kernel.known for kernel in kernels]
+        self._item = [kernel.is_item for kernel in kernels]
         self._parent = list(range(count))  # union-find: who is in whose unit
         self._repeated: set[int] = set()  # tasks that are made by each unit that reads them
         self._repeat_seconds: dict[int, float] = {}
@@ -147,7 +149,7 @@ class Grouping:
     # -- the result ------------------------------------------------------------------------------
 
     def groups(self) -> list[tuple[list[Key], list[Key], float]]:
-        """Return for each group its tasks in order, its outputs, and its seconds."""
+        """Return for each group its tasks in order, its outputs, and its seconds on a worker."""
         self._copies()
         self._make_units()
         self._merge()
@@ -155,10 +157,10 @@ class Grouping:
         keys, found = self._keys, []
         home: dict[int, int] = {}
         ordered = [self._in_order(block) for block in blocks]
-        for place, (tasks, _) in enumerate(ordered):
+        for place, tasks in enumerate(ordered):
             for i in tasks:
                 home[i] = place
-        for place, (tasks, repeats) in enumerate(ordered):
+        for place, tasks in enumerate(ordered):
             outputs = []
             for i in tasks:
                 if i in self._keep:
@@ -168,8 +170,8 @@ class Grouping:
                     if home.get(r) != place and self._leaves(r, place, home):
                         outputs.append(i)
                         break
-            seconds = sum([self._seconds[i] for i in (*tasks, *repeats)])
             every = self._with_repeats(tasks)
+            seconds = self._block_time(blocks[place]) - self._model.invoke_seconds
             found.append(([keys[i] for i in every], [keys[i] for i in outputs], seconds))
         return found
 
@@ -179,16 +181,15 @@ class Grouping:
             return any(self._leaves(r, place, home) for r in self._readers[reader])
         return home[reader] != place
 
-    def _in_order(self, block: Sequence[int]) -> tuple[list[int], set[int]]:
+    def _in_order(self, block: Sequence[int]) -> list[int]:
         units = [self._units[root] for root in block]
-        repeats = set[int]().union(*(unit.repeats for unit in units))
         if len(units) == 1:
-            return units[0].tasks, repeats
+            return units[0].tasks
         # In turns: tiles that read the same panels read them at about the same time.
         tasks = []
         for step in range(max(len(unit.tasks) for unit in units)):
             tasks += [unit.tasks[step] for unit in units if step < len(unit.tasks)]
-        return tasks, repeats
+        return tasks
 
     def _with_repeats(self, tasks: Iterable[int]) -> Iterator[int]:
         """Yield tasks, each behind the repeated ones that it reads."""
@@ -273,7 +274,7 @@ class Grouping:
             up[t] = model.write_seconds(nbytes[t]) + readers * model.read_seconds(nbytes[t])
             both = sum(1 for r in self._readers[t] if d in self._deps[r])
             down[t] = (readers - both) * whole_read + readers * self._seconds[t]
-            if t in self._keep:
+            if t in self._keep or self._item[t]:  # nobody should fetch Q and R to read R
                 down[t] = math.inf
         best = {t: min(up[t], down[t]) for t in views}
         if not rest and sum(up.values()) <= whole_write + sum(best.values()):
@@ -574,27 +575,31 @@ class Grouping:
 
     def _waves(self, blocks: list[list[int]]) -> float:
         """Return how long blocks take, window after window; infinite if they do not fit."""
-        largest = max(blocks, key=len)
-        units = [self._units[root] for root in largest]
+        model, largest = self._model, max(blocks, key=len)
+        time = self._block_time(largest)
+        if len(largest) > 1:
+            peak = max(self._units[root].peak for root in largest)
+            peak += sum(self._nbytes[root] for root in largest)
+            if peak > model.room or time > model.group_seconds:
+                return math.inf
+        return math.ceil(len(blocks) / model.window) * time
+
+    def _block_time(self, block: Sequence[int]) -> float:
+        """Return how long the units of a block take in one invocation."""
+        if len(block) == 1:
+            return self._units[block[0]].seconds
+        units = [self._units[root] for root in block]
         reads = set[int]().union(*(unit.reads for unit in units))
         repeats = set[int]().union(*(unit.repeats for unit in units))
         work = sum(unit.work for unit in units) + sum(self._seconds[r] for r in repeats)
-        shared = max(unit.peak for unit in units)
-        peak = shared + sum(self._nbytes[root] for root in largest)
-        model = self._model
-        if len(largest) > 1 and peak > model.room:
-            return math.inf
-        sizes = [size for d in reads if not model.is_inline(size := self._nbytes[d])]
-        time = model.group_time(
+        sizes = [size for d in reads if not self._model.is_inline(size := self._nbytes[d])]
+        return self._model.group_time(
             work,
             len(sizes),
             sum(sizes),
             sum(unit.writes for unit in units),
             sum(unit.written for unit in units),
         )
-        if len(largest) > 1 and time > model.group_seconds:
-            return math.inf
-        return math.ceil(len(blocks) / model.window) * time
 
     # -- why -------------------------------------------------------------------------------------
 

@@ -25,6 +25,8 @@ from lambda_worker.protocol import Key
 ITEM = 8
 #: A reduction of a block larger than this leaves so much less of it.
 REDUCED_BYTES, REDUCED = 2**20, 256
+#: What follows the first item of a tuple (R behind Q, the singular values behind U) is smaller.
+LATER_ITEMS = 64
 #: What calling a function costs.
 CALL_SECONDS = 20e-6
 
@@ -52,6 +54,7 @@ class Family(Enum):
 
     UNKNOWN = "unknown"  #: the user's own, or anything that is not in the tables
     VIEW = "view"  #: part of a value, or the same data in another order
+    ITEM = "item"  #: one item of a tuple, such as Q of (Q, R)
     CREATE = "create"  #: makes a block of nothing
     BROADCAST = "broadcast"  #: the same, as one element that is repeated
     ELEMENTWISE = "elementwise"
@@ -113,9 +116,9 @@ class Kernel:
         return Family.UNKNOWN not in self.families
 
     @property
-    def is_view(self) -> bool:
-        """Whether it only shows a part of what it reads, or all in another order."""
-        return bool(self.families) and all(f is Family.VIEW for f in self.families)
+    def is_item(self) -> bool:
+        """Whether it takes one item out of a tuple."""
+        return self.families == (Family.ITEM,)
 
     def output_bytes(self, task: GraphNode, reads: Sequence[int]) -> int | None:
         """Guess the size of a task's result.
@@ -133,6 +136,8 @@ class Kernel:
         size = max(size, made)
         if not size:
             return None
+        if self.is_item and isinstance(task, Task) and task.args[1]:
+            size //= LATER_ITEMS
         if Family.REDUCE in self.families and Family.PRODUCT not in self.families:
             size = size // REDUCED if size > REDUCED_BYTES else size
         return size
@@ -214,6 +219,9 @@ def _parts(part: Any) -> Iterator[Family | Any]:
             for inner in part.args[0].values():
                 yield from _parts(inner)
             return
+        if _is_item(part):
+            yield Family.ITEM
+            return
         yield from _of_function(part.func)
         if getattr(part.func, "__module__", "") == "dask.array.random":
             return  # the generator that it holds is made anew from its seed
@@ -232,6 +240,11 @@ def _parts(part: Any) -> Iterator[Family | Any]:
         yield part
     elif callable(part) and not isinstance(part, type):
         yield from _of_function(part)
+
+
+def _is_item(task: Task) -> bool:
+    name = getattr(task.func, "__name__", "")
+    return name == "getitem" and len(task.args) == 2 and type(task.args[1]) is int
 
 
 def _of_function(function: Any) -> Iterator[Family]:

@@ -49,7 +49,8 @@ class Group:
         Groups of one kind do the same to blocks of about the same size, and so take about the
         same time.
     seconds : float, optional
-        How long that is expected to be, inside the tasks; None if nobody knows.
+        How long that is expected to be on a worker, with inputs and outputs; None if nobody
+        knows.
     """
 
     tasks: tuple[Key, ...]

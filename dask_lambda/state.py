@@ -91,7 +91,7 @@ class Policy:
     throttle_patience: float = 1000.0  #: throttled and nothing done: above the longest invocation
     decrease: float = 0.7
     decrease_interval: float = 1.0  #: one burst of throttles shrinks the limit once
-    batch_seconds: float = 1.0  #: inside the tasks of one invocation, when several groups share it
+    batch_seconds: float = 1.0  #: of one invocation, when several groups share it
     batch_groups: int = 512  #: in one invocation at the most
     dispatch_seconds: float = 0.001  #: of the client, for each invocation (docs/benchmarks.md)
 
@@ -136,7 +136,7 @@ class Done:
     Attributes
     ----------
     seconds : float
-        Inside its tasks.
+        That it took on the worker, with its inputs and outputs.
     """
 
     seconds: float = 0.0
@@ -548,7 +548,7 @@ class State:
             return 1
         seconds = max(seconds, MIN_SECONDS)
         size = max(math.sqrt(ready * policy.dispatch_seconds / seconds), ready / limit)
-        return max(1, min(bound, math.ceil(size), int(policy.batch_seconds / seconds)))
+        return max(1, min(bound, int(size), int(policy.batch_seconds / seconds)))
 
     def _end_if_done(self, run: _Run, out: list[Instruction]) -> None:
         if run.last and not run.unfinished and not run.ended:

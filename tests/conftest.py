@@ -98,6 +98,13 @@ def _leaves_the_bucket_empty(request: pytest.FixtureRequest) -> Iterator[None]:
             pytest.fail(f"objects are left in the bucket: {left}")
 
 
+@pytest.fixture
+def one_task_each() -> Iterator[None]:
+    """Give each task an invocation of its own."""
+    with dask.config.set({"dask-lambda.plan": "none"}):
+        yield
+
+
 @pytest.fixture(scope="session")
 def deploy(aws: LocalAWS) -> Iterator[Callable[..., str]]:
     """``deploy(files, handler, timeout, environment)``: another function; its name.

@@ -24,7 +24,7 @@ from dask_lambda import LambdaScheduler, lambda_get, last_report
 from dask_lambda.errors import LostDataError
 from tests.helpers import eventually
 
-pytestmark = pytest.mark.local
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("one_task_each")]
 ROOT = Path(dask_lambda.__file__).parents[1]
 uses_bucket = True
 

@@ -21,7 +21,7 @@ from dask_lambda.local import LocalAWS
 from tests.helpers import report
 from tests.proxy import Answer, Proxy, Reset, s3_error, throttle
 
-pytestmark = pytest.mark.local
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("one_task_each")]
 uses_bucket = True
 
 Connect = Callable[..., LambdaScheduler]
