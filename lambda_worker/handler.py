@@ -336,6 +336,7 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     counts = invocation.store.counts.take()
     reply["s3"] = {name: getattr(counts, name) for name in counts.__slots__}
     reply["cache_hits"] = environment.cache.hits - hits
+    # It never falls while the environment lives: the peak so far, not that of this call alone.
     reply["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     reply["milliseconds"] = (time.perf_counter() - started) * 1e3
     _log(event, context, reply)

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Python with Dask, NumPy and obstore takes 110 MB before the first task; the parts of large
-#: objects that are on their way (:mod:`lambda_worker.store`) take up to 64 MB each way.
-RUNTIME_BYTES = 240 * 2**20
+#: Python with dask.array, NumPy, SciPy and obstore takes 75 MB before the first task; the parts
+#: of large objects that are on their way (:mod:`lambda_worker.store`) take up to 64 MB each way.
+RUNTIME_BYTES = 208 * 2**20
 #: Of what is left (of a quarter of the memory, where that is more).
 CACHE_SHARE = 0.15
 PREFETCH_SHARE = 0.25
