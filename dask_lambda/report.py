@@ -40,6 +40,11 @@ class RunReport:
         Requests of client and workers; a batch of deletes is one.
     bytes_written, bytes_read : int
         To and from S3.
+    cache_hits : int
+        Inputs that a worker did not have to download, since it had them already.
+    peak_memory_mb : float
+        The most that one worker has taken.  An environment that serves several invocations
+        reports its maximum so far, also of earlier runs.
     cost_usd : float
         The counts times the price table; on the embedded AWS: what they would have cost.
     failed : bool
@@ -60,6 +65,8 @@ class RunReport:
     s3_deletes: int
     bytes_written: int
     bytes_read: int
+    cache_hits: int
+    peak_memory_mb: float
     cost_usd: float
     failed: bool
 
@@ -106,6 +113,8 @@ class RunCounts:
     throttles: int = 0
     compute_seconds: float = 0.0
     billed_gb_seconds: float = 0.0
+    cache_hits: int = 0
+    peak_memory_mb: float = 0.0
     workers: Counts = field(default_factory=Counts)
 
     def add_reply(self, content: dict[str, Any], billed_ms: float | None) -> None:
@@ -113,6 +122,8 @@ class RunCounts:
         self.cold_starts += bool(content["cold"])
         milliseconds = content["milliseconds"] if billed_ms is None else billed_ms
         self.add_billed(math.ceil(milliseconds), content["memory_mb"])
+        self.cache_hits += content.get("cache_hits", 0)
+        self.peak_memory_mb = max(self.peak_memory_mb, content.get("peak_memory", 0) / 2**20)
         for name, count in content.get("s3", {}).items():
             setattr(self.workers, name, getattr(self.workers, name) + count)
 
@@ -141,6 +152,8 @@ class RunCounts:
             s3_deletes=total.deletes,
             bytes_written=total.bytes_written,
             bytes_read=total.bytes_read,
+            cache_hits=self.cache_hits,
+            peak_memory_mb=self.peak_memory_mb,
             cost_usd=prices.cost(
                 invocations=self.invocations,
                 gb_seconds=self.billed_gb_seconds,

@@ -37,16 +37,23 @@ class Cache:
                 self.hits += 1
             return data
 
-    def put(self, name: str, data: Any) -> None:
-        """Keep the bytes of an object, at the expense of those that were used least recently."""
+    def put(self, name: str, data: Any) -> bool:
+        """Keep the bytes of an object, at the expense of those that were used least recently.
+
+        Returns
+        -------
+        bool
+            Whether they are kept, and so must not be changed.
+        """
         with self._lock:
             if len(data) > self.limit or name in self._entries:
-                return
+                return False
             self._entries[name] = data
             self.size += len(data)
             while self.size > self.limit:
                 _, dropped = self._entries.popitem(last=False)
                 self.size -= len(dropped)
+            return True
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -36,6 +36,8 @@ ALIGNMENT = 64
 TAG_BYTES = 32
 #: Buffers below this stay inside the pickle stream: a frame costs up to 72 bytes of layout.
 MIN_FRAME_BYTES = 1024
+#: OpenSSL's HMAC in one call takes a C int of bytes; in several steps it takes any number.
+MAX_ONE_SHOT_BYTES = 2**31 - 1
 _HEADER = struct.Struct("<4sI")
 _WRITABLE = 1 << 63
 _NO_TAG = bytes(TAG_BYTES)
@@ -81,8 +83,16 @@ def deserialize(frames: Sequence[memoryview]) -> Any:
     return pickle.loads(frames[0], buffers=frames[1:])
 
 
-def seal(frames: Sequence[memoryview], secret: bytes, name: str) -> bytearray:
-    """Lay frames out behind a header and tag them for one object name."""
+def sealed_size(frames: Sequence[memoryview]) -> int:
+    """Return how many bytes :func:`seal` makes of frames."""
+    size = TAG_BYTES + _HEADER.size + 8 * len(frames)
+    for frame in frames:
+        size = _aligned(size) + frame.nbytes
+    return size
+
+
+def lay_out(frames: Sequence[memoryview]) -> bytearray:
+    """Copy frames behind a header, with room for the tag, which :func:`sign` puts in."""
     lengths = [f.nbytes | (0 if f.readonly else _WRITABLE) for f in frames]
     header = _HEADER.pack(MAGIC, len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths)
     parts: list[bytes | memoryview] = [_NO_TAG, header]
@@ -91,21 +101,24 @@ def seal(frames: Sequence[memoryview], secret: bytes, name: str) -> bytearray:
         parts.append(_PADDING[: -offset % ALIGNMENT])
         parts.append(frame)
         offset = _aligned(offset) + frame.nbytes
-    sealed = bytearray().join(parts)
+    return bytearray().join(parts)
+
+
+def sign(sealed: bytearray, secret: bytes, name: str) -> None:
+    """Tag what :func:`lay_out` returned for one object name."""
     with memoryview(sealed) as view:
         sealed[:TAG_BYTES] = _tag(view[TAG_BYTES:], secret, name)
+
+
+def seal(frames: Sequence[memoryview], secret: bytes, name: str) -> bytearray:
+    """Lay frames out behind a header and tag them for one object name."""
+    sealed = lay_out(frames)
+    sign(sealed, secret, name)
     return sealed
 
 
-def unseal(sealed: Any, secret: bytes, name: str) -> list[memoryview]:
-    """Verify a sealed object and return its frames.
-
-    Parameters
-    ----------
-    sealed : buffer
-        What :func:`seal` returned.  If it is writable (a bytearray) the frames are views of it;
-        if it is not, frames that were writable at the sender are copied once, so that a task
-        may change the arrays it is given, as with Dask's other schedulers.
+def verify(sealed: Any, secret: bytes, name: str) -> None:
+    """Check that a sealed object is what was sealed under this secret and this name.
 
     Raises
     ------
@@ -120,6 +133,19 @@ def unseal(sealed: Any, secret: bytes, name: str) -> list[memoryview]:
             f"object {name!r} ({data.nbytes} bytes) does not carry the tag of this run: it was "
             "truncated, changed, or written by somebody else; it was not loaded"
         )
+
+
+def open_verified(sealed: Any, name: str) -> list[memoryview]:
+    """Return the frames of a sealed object that :func:`verify` has accepted.
+
+    Parameters
+    ----------
+    sealed : buffer
+        If it is writable (a bytearray) the frames are views of it; if it is not, frames that
+        were writable at the sender are copied once, so that a task may change the arrays it is
+        given, as with Dask's other schedulers.
+    """
+    data = memoryview(sealed).cast("B")
     magic, count = _HEADER.unpack_from(data, TAG_BYTES)
     if magic != MAGIC:
         raise IntegrityError(f"object {name!r} has another format: {magic!r}, not {MAGIC!r}")
@@ -142,6 +168,18 @@ def unseal(sealed: Any, secret: bytes, name: str) -> list[memoryview]:
     return frames
 
 
+def unseal(sealed: Any, secret: bytes, name: str) -> list[memoryview]:
+    """Verify a sealed object and return its frames; see :func:`open_verified`.
+
+    Raises
+    ------
+    IntegrityError
+        If the tag does not belong to these bytes, this secret and this name.
+    """
+    verify(sealed, secret, name)
+    return open_verified(sealed, name)
+
+
 def dumps(value: object, secret: bytes, name: str) -> bytearray:
     """Pickle and seal a value under an object name."""
     return seal(serialize(value), secret, name)
@@ -158,4 +196,6 @@ def _aligned(offset: int) -> int:
 
 def _tag(body: memoryview, secret: bytes, name: str) -> bytes:
     key = hmac.digest(secret, name.encode(), "sha256")
-    return hmac.digest(key, body, "sha256")
+    if body.nbytes <= MAX_ONE_SHOT_BYTES:
+        return hmac.digest(key, body, "sha256")
+    return hmac.new(key, body, "sha256").digest()

@@ -11,51 +11,51 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from lambda_worker import codec, protocol
 from lambda_worker.cache import Cache
 from lambda_worker.errors import IntegrityError, StoreError, UnserializableError
-from lambda_worker.execute import TaskError, run_group
-from lambda_worker.protocol import Body, GroupRequest, Reference, Request, Value
+from lambda_worker.execute import GroupRun, Output, TaskError
+from lambda_worker.memory import share_out
+from lambda_worker.prefetch import Prefetcher, Slot
+from lambda_worker.protocol import Body, GroupRequest, Key, Reference, Request, Value
 from lambda_worker.store import Store, open_bucket
+from lambda_worker.uploads import Uploads
 
 #: Downloads at the same time.  S3 answers one small GET in about 27 ms (median, from Lambda).
 FETCH_THREADS = 16
-#: Part of the function's memory that the cache of inputs may take.
-CACHE_SHARE = 0.2
+#: Uploads at the same time: one small PUT takes about 41 ms.
+UPLOAD_THREADS = 8
 #: A pickled exception above this size is replaced by its text.
 MAX_EXCEPTION_BYTES = 200_000
 MAX_TEXT = 20_000
 
 
 class Environment:
-    """What outlives an invocation: connections, the cache, and whether it is the first call."""
+    """What outlives an invocation: connections, idle threads, the cache, the first call."""
 
     def __init__(self) -> None:
         self.cold = True
-        memory = int(os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "1769"))
-        self.cache = Cache(int(memory * 2**20 * CACHE_SHARE))
+        self.shares = share_out(int(os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "1769")))
+        self.cache = Cache(self.shares.cache)
+        self.fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")  # starts threads when needed
+        self.uploading = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
         self._stores: dict[str, Store] = {}
-        self._threads: ThreadPoolExecutor | None = None
 
     def store(self, bucket: str) -> Store:
         """Return the store of a bucket, opened once."""
         if bucket not in self._stores:
             self._stores[bucket] = Store(open_bucket(bucket))
         return self._stores[bucket]
-
-    def map(self, function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-        """Apply a function to items, several at the same time where there are several."""
-        if len(items) < 2:
-            return [function(item) for item in items]
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(FETCH_THREADS, "fetch")
-        return list(self._threads.map(function, items))
 
 
 environment = Environment()
@@ -69,23 +69,87 @@ class Failure(Exception):
         self.record = {"kind": kind, "message": message[:MAX_TEXT], **fields}
 
 
+class Served:
+    """What is known of one group while and after it runs."""
+
+    def __init__(self, group: GroupRequest):
+        self.group = group
+        self.outputs: list[dict[str, Any] | Future[dict[str, Any]]] = []
+        self.run: GroupRun | None = None
+        self.wait = 0.0
+        self.error: dict[str, Any] | None = None
+        values = [group.body, *(value for _, value in group.frames), *group.inputs]
+        self.values = values
+        self.slots: list[Slot[list[memoryview]] | None] = [None] * len(values)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time that is spent waiting for inputs."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait += time.perf_counter() - started
+
+    def record(self) -> dict[str, Any]:
+        """Describe the group in the reply, when its last output is committed."""
+        outputs: list[Any] = []
+        for output in self.outputs:
+            try:
+                outputs.append(output.result() if isinstance(output, Future) else output)
+            except (StoreError, IntegrityError) as error:
+                self.error = self.error or _record(error)
+        if self.error is not None:
+            return {"error": self.error}
+        assert self.run is not None
+        return {
+            "outputs": outputs,
+            "seconds": self.run.seconds,
+            "wait": self.wait,
+            "tasks": self.run.tasks,
+        }
+
+
 class Invocation:
-    """One request being served."""
+    """One request being served.  To be closed, however it ends."""
 
     def __init__(self, request: Request):
         self.request = request
         self.store = environment.store(request.bucket)
         self.inline_left = protocol.MAX_INLINE_TOTAL_BYTES
+        self._locks: dict[str, threading.Lock] = {}
+        self._inputs: Prefetcher[list[memoryview]] = Prefetcher(
+            environment.fetching, environment.shares.prefetch
+        )
+        self._uploads: Uploads[dict[str, Any]] = Uploads(
+            environment.uploading, environment.shares.uploads
+        )
         for run in request.secrets:
             protocol.resolvers[run] = self.resolve
 
-    def groups(self) -> list[GroupRequest]:
-        """Return the groups, from S3 where the request was too long to hold them."""
+    def serve(self) -> list[dict[str, Any]]:
+        """Run all groups, one after the other; return their records."""
         groups = self.request.groups
-        if isinstance(groups, Value):
+        if isinstance(groups, Value):  # the request was too long to hold them
             text = codec.deserialize(self.fetch(groups))
             groups = [GroupRequest.from_json(g) for g in json.loads(text)]
-        return groups
+        served = [Served(group) for group in groups]
+        self._prefetch(served)
+        for each in served:
+            try:
+                self._run(each)
+            except (Failure, StoreError, IntegrityError, UnserializableError) as error:
+                each.error = _record(error)
+            finally:
+                self._inputs.drop(slot for slot in each.slots if slot)
+        return [each.record() for each in served]
+
+    def close(self) -> None:
+        """Wait for what still runs in the background."""
+        self._inputs.close()
+        self._uploads.close()
+
+    # -- inputs ----------------------------------------------------------------------------------
 
     def secret(self, name: str) -> bytes:
         """Return the secret under which an object was sealed."""
@@ -96,74 +160,108 @@ class Invocation:
             raise Failure("integrity", f"no secret for run {run!r} of object {name!r}") from None
 
     def fetch(self, value: Value) -> list[memoryview]:
-        """Return the verified frames of a value, wherever it is."""
-        data: Any = value.data
-        if data is not None:
-            return codec.unseal(data, self.secret(value.name), value.name)
-        data = environment.cache.get(value.name)
-        if data is None:
-            data = self.store.get(value.name, value.size)
-            frames = codec.unseal(data, self.secret(value.name), value.name)
-            if value.shared:
-                environment.cache.put(value.name, data)
-            return frames
-        return codec.unseal(data, self.secret(value.name), value.name)
+        """Return the verified frames of a value, wherever it is: a copy for this reader alone."""
+        name = value.name
+        secret = self.secret(name)
+        if value.data is not None:
+            return codec.unseal(value.data, secret, name)
+        if not value.shared:
+            return codec.unseal(self.store.get(name, value.size), secret, name)
+        # Two readers do not download it twice.
+        with self._locks.setdefault(name, threading.Lock()):
+            kept = environment.cache.get(name)
+            data = self.store.get(name, value.size) if kept is None else kept
+            codec.verify(data, secret, name)
+            if kept is not None or environment.cache.put(name, data):
+                data = memoryview(data).toreadonly()  # it stays as it is: readers get copies
+        return codec.open_verified(data, name)
 
     def resolve(self, reference: Reference) -> Any:
         """Load a reference inside a task."""
         value = Value(reference.name, reference.size, shared=True)
         return codec.deserialize(self.fetch(value))
 
-    def run(self, group: GroupRequest) -> dict[str, Any]:
-        """Run one group: fetch, execute, commit."""
-        body = self._load_body(group)
-        inputs = environment.map(self.fetch, group.inputs)
-        started = time.perf_counter()
-        values = {}
-        for key, source in zip(body.inputs, body.sources, strict=True):
+    def _prefetch(self, served: list[Served]) -> None:
+        """Begin to fetch what the groups read."""
+        readers = Counter(
+            name for each in served for name in {v.name for v in each.values if v.data is None}
+        )
+        for each in served:
+            for place, value in enumerate(each.values):
+                if value.data is None:
+                    value.shared = value.shared or readers[value.name] > 1
+                    each.slots[place] = Slot(value.size, partial(self.fetch, value))
+        self._inputs.add(slot for each in served for slot in each.slots if slot)
+
+    def _take(self, served: Served, place: int) -> list[memoryview]:
+        slot = served.slots[place]
+        with served.waiting():
+            if slot is None:
+                return self.fetch(served.values[place])
+            return self._inputs.take(slot)
+
+    # -- one group -------------------------------------------------------------------------------
+
+    def _run(self, served: Served) -> None:
+        """Run one group: load, execute, begin to commit."""
+        group = served.group
+        body = self._load_body(served)
+        served.outputs = [{} for _ in body.outputs]
+        keys = body.outputs
+        first = 1 + len(group.frames)
+        places = {n: first + s for n, s in zip(body.inputs, body.sources, strict=True)}
+        names = Counter(places.values())
+        loaded: dict[int, Any] = {}  # what will be asked for by another name
+
+        def load(name: Key, reader: Key) -> Any:
+            place = places[name]
+            names[place] -= 1
+            if place in loaded:
+                return loaded[place] if names[place] else loaded.pop(place)
+            frames = self._take(served, place)
             try:
-                values[key] = codec.deserialize(inputs[source])
-            except Exception as error:
+                value = codec.deserialize(frames)
+            except BaseException as error:
                 raise self._exception(
-                    group, body.tasks[0].key, error, f"unpickling its input {key!r}: "
+                    group, reader, error, f"unpickling its input {name!r}: "
                 ) from error
-        del inputs
-        outputs: list[dict[str, Any]] = [{} for _ in body.outputs]
-        seconds = time.perf_counter() - started
-        steps = run_group(body, values)
-        while True:
-            started = time.perf_counter()
-            try:
-                step = next(steps, None)
-            except TaskError as error:
-                if isinstance(error.__cause__, StoreError | IntegrityError):
-                    raise error.__cause__ from None  # a reference that could not be loaded
-                raise self._exception(group, error.key, error.__cause__) from error
-            finally:
-                seconds += time.perf_counter() - started
-            if step is None:
-                break
-            place, result = step
-            outputs[place] = self._commit(body.outputs[place], group.outputs[place], result)
-            del step, result
-        return {"outputs": outputs, "seconds": seconds}
+            if names[place]:
+                loaded[place] = value
+            return value
 
-    def _load_body(self, group: GroupRequest) -> Body:
-        values = [group.body, *(value for _, value in group.frames)]
-        frames, *extra = environment.map(self.fetch, values)
-        for (place, _), frame in zip(group.frames, extra, strict=True):
-            frames.insert(place, frame[0])
+        run = served.run = GroupRun(body, load)
+        slots = [served.slots[places[name]] for name in run.needs]
+        self._inputs.put_first([slot for slot in slots if slot])
         try:
-            body = Body(*codec.deserialize(frames))
-        except Exception as error:
+            for output in run.outputs():
+                served.outputs[output.place] = self._commit(
+                    keys[output.place], group.outputs[output.place], output
+                )
+        except TaskError as error:
+            if isinstance(error.__cause__, StoreError | IntegrityError):
+                raise error.__cause__ from None  # a reference that could not be loaded
+            raise self._exception(group, error.key, error.__cause__) from error
+
+    def _load_body(self, served: Served) -> Body:
+        group = served.group
+        frames = self._take(served, 0)
+        for number, (place, _) in enumerate(group.frames):
+            frames.insert(place, self._take(served, 1 + number)[0])
+        try:
+            return Body(*codec.deserialize(frames))
+        except BaseException as error:
             raise self._exception(group, None, error, "unpickling the task: ") from error
-        return body
 
-    def _commit(self, key: Any, name: str, result: Any) -> dict[str, Any]:
+    def _commit(self, key: Key, name: str, output: Output) -> Any:
+        """Send a result back, or begin to upload it: then its record is in a future.
+
+        A copy is made now.  The value may be dropped at once, and whatever later tasks do to it
+        or to an array that shares its memory does not change what is uploaded.
+        """
         try:
-            frames = codec.serialize(result)
-        except Exception as error:
-            kind = type(result).__name__
+            frames = codec.serialize(output.value)
+        except BaseException as error:
+            kind = type(output.value).__name__
             raise Failure(
                 "unserializable",
                 f"its result, a {kind}, cannot be pickled ({type(error).__name__}: {error}); "
@@ -171,13 +269,18 @@ class Invocation:
                 key=repr(key)[:500],
                 type=type(error).__name__,
             ) from error
-        del result
-        data = codec.seal(frames, self.request.secrets[self.request.run], name)
-        size = len(data)
+        output.size = size = codec.sealed_size(frames)
+        secret = self.request.secrets[self.request.run]
         if size <= self.request.inline_bytes and size <= self.inline_left:
             self.inline_left -= size
-            return Value(name, size, data).to_json()
-        return Value(name, self.store.put_new(name, data)).to_json()
+            return Value(name, size, codec.seal(frames, secret, name)).to_json()
+        self._uploads.make_room(size)
+        sealed = codec.lay_out(frames)
+        return self._uploads.start(size, partial(self._upload, name, sealed, secret))
+
+    def _upload(self, name: str, sealed: bytearray, secret: bytes) -> dict[str, Any]:
+        codec.sign(sealed, secret, name)
+        return Value(name, self.store.put_new(name, sealed)).to_json()
 
     def _exception(
         self, group: GroupRequest, key: Any, error: BaseException | None, doing: str = ""
@@ -225,23 +328,19 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
     invocation = Invocation(request)
     hits = environment.cache.hits
     try:
-        reply["groups"] = [_run(invocation, group) for group in invocation.groups()]
+        reply["groups"] = invocation.serve()
     except (Failure, StoreError, IntegrityError) as error:  # from reading the list of groups
         reply["error"] = _record(error)
+    finally:
+        invocation.close()
     counts = invocation.store.counts.take()
     reply["s3"] = {name: getattr(counts, name) for name in counts.__slots__}
     reply["cache_hits"] = environment.cache.hits - hits
+    # It never falls while the environment lives: the peak so far, not that of this call alone.
     reply["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     reply["milliseconds"] = (time.perf_counter() - started) * 1e3
     _log(event, context, reply)
     return reply
-
-
-def _run(invocation: Invocation, group: GroupRequest) -> dict[str, Any]:
-    try:
-        return invocation.run(group)
-    except (Failure, StoreError, IntegrityError, UnserializableError) as error:
-        return {"error": _record(error)}
 
 
 def _record(error: Exception) -> dict[str, Any]:

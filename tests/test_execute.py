@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from operator import add
 
+import numpy as np
 import pytest
 from dask._task_spec import Task, TaskRef
 
-from lambda_worker.execute import TaskError, run_group
+from lambda_worker.execute import GroupRun, TaskError
 from lambda_worker.protocol import Body
 
 
@@ -18,6 +20,15 @@ def inc(x):
 
 def body(tasks, outputs, inputs=()) -> Body:
     return Body(tasks, list(inputs), list(range(len(inputs))), outputs)
+
+
+def run_group(body: Body, inputs: dict):
+    """Run a group, yielding place and value of each output."""
+    for output in GroupRun(body, lambda name, _: inputs[name]).outputs():
+        place, value = output.place, output.value
+        del output
+        yield place, value
+        del value
 
 
 def test_one_task_runs_on_its_inputs():
@@ -94,20 +105,52 @@ def test_an_output_is_not_held_while_the_next_task_runs():
     assert next(steps) == (1, None)
 
 
-def test_inputs_are_dropped_too():
-    values = {"x": 1, "y": 2}
-    tasks = [Task("a", inc, TaskRef("x")), Task("b", inc, TaskRef("y"))]
-    steps = run_group(body(tasks, ["a", "b"], ["x", "y"]), values)
-    next(steps)
-    assert set(values) == {"y"}
-    next(steps)
-    assert values == {}
+def test_an_input_is_loaded_at_its_first_use_and_dropped_after_its_last():
+    log = []
+    watched = {}
+
+    def load(name, reader):
+        log.append(("load", name, reader))
+        block = Block()
+        watched[name] = weakref.ref(block)
+        return block
+
+    def look(*_):
+        return sorted(name for name, block in watched.items() if block() is not None)
+
+    tasks = [
+        Task("a", look),
+        Task("b", look, TaskRef("x")),
+        Task("c", look, TaskRef("y")),
+        Task("d", look, TaskRef("x")),
+        Task("e", look),
+    ]
+    run = GroupRun(body(tasks, list("abcde"), ["y", "x"]), load)
+    assert run.needs == ["x", "y"]
+    assert [output.value for output in run.outputs()] == [[], ["x"], ["x", "y"], ["x"], []]
+    assert log == [("load", "x", "b"), ("load", "y", "c")]
+
+
+def test_what_a_task_holds_is_dropped_when_it_has_run():
+    literal = Block()
+    watched = weakref.ref(literal)
+    tasks = [Task("a", id, literal), Task("b", lambda: watched() is None)]
+    del literal
+    group = body(tasks, ["a", "b"])
+    del tasks
+    assert [value for _, value in run_group(group, {})][1] is True
 
 
 def test_a_value_that_nobody_reads_is_not_held():
-    values = {}
-    list(run_group(body([Task("a", inc, 1), Task("b", inc, 2)], ["b"]), values))
-    assert values == {}
+    watched = {}
+
+    def make():
+        block = Block()
+        watched["a"] = weakref.ref(block)
+        return block
+
+    tasks = [Task("a", make), Task("b", lambda: watched["a"]() is None)]
+    assert list(run_group(body(tasks, ["b"]), {})) == [(0, True)]
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(1), KeyboardInterrupt()])
@@ -122,3 +165,46 @@ def test_whatever_a_task_raises_is_told_with_its_key(error):
         next(steps)
     assert info.value.key == "b"
     assert info.value.__cause__ is error
+
+
+def test_tasks_are_counted_by_prefix_with_the_bytes_of_their_results():
+    tasks = [
+        Task(("make-0123456789abcdef0123456789abcdef", 0), np.zeros, 10),
+        Task(("make-0123456789abcdef0123456789abcdef", 1), np.zeros, 20),
+        Task("text", str, 5),
+        Task("output", str, 5),
+    ]
+    run = GroupRun(body(tasks, ["output"]), lambda *_: None)
+    for output in run.outputs():
+        output.size = 1000
+    assert {name: (count, size) for name, (count, _, size) in run.tasks.items()} == {
+        "make": (2, 240),
+        "text": (1, sys.getsizeof("5")),
+        "output": (1, 1000),
+    }
+    assert run.seconds == pytest.approx(sum(seconds for _, seconds, _ in run.tasks.values()))
+
+
+def test_a_result_that_lies_about_its_size_does_no_harm():
+    class Odd:
+        @property
+        def nbytes(self):
+            raise ValueError("no idea")
+
+    run = GroupRun(body([Task("a", Odd), Task("b", inc, 1)], ["b"]), lambda *_: None)
+    assert [output.value for output in run.outputs()] == [2]
+    assert run.tasks["a"][2] == 0
+
+
+def test_when_a_task_has_raised_nothing_is_held():
+    inputs = {"x": Block()}
+    watched = weakref.ref(inputs["x"])
+
+    def fail():
+        raise ValueError("no")
+
+    tasks = [Task("a", id, TaskRef("x")), Task("b", fail), Task("c", id, TaskRef("x"))]
+    run = GroupRun(body(tasks, ["c"], ["x"]), lambda name, _: inputs.pop(name))
+    with pytest.raises(TaskError):
+        list(run.outputs())
+    assert watched() is None

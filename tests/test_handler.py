@@ -94,7 +94,9 @@ def client(monkeypatch):
     environment._stores["bucket"] = Store(bucket)
     monkeypatch.setattr(handler, "environment", environment)
     monkeypatch.setattr(protocol, "resolvers", {})
-    return Client(Store(bucket))
+    yield Client(Store(bucket))
+    environment.fetching.shutdown()
+    environment.uploading.shutdown()
 
 
 def inc(x):

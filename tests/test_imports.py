@@ -22,7 +22,10 @@ ENGINE = [
     *("report", "cost", "config", "errors"),
 ]
 #: The ground, likewise.
-GROUND = ["handler", "execute", "store", "codec", "cache", "protocol", "errors"]
+GROUND = [
+    *("handler", "uploads", "prefetch", "execute", "folds", "store", "codec", "cache"),
+    *("memory", "protocol", "errors"),
+]
 PURE = ["state", "plan", "graph", "failures", "cost"]
 WORLD = {
     *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),

@@ -15,7 +15,7 @@ FIELDS = [
     *("tasks", "invocations", "cold_starts", "retries", "throttles", "speculative"),
     *("wall_seconds", "compute_seconds", "billed_gb_seconds"),
     *("s3_puts", "s3_gets", "s3_lists", "s3_deletes", "bytes_written", "bytes_read"),
-    *("cost_usd", "failed"),
+    *("cache_hits", "peak_memory_mb", "cost_usd", "failed"),
 ]
 
 
@@ -76,6 +76,15 @@ def test_cold_starts_and_requests_of_the_workers_are_summed_up():
     counts.add_reply(reply(), None)  # a refusal says nothing of S3
     assert counts.cold_starts == 1
     assert counts.workers == Counts(4, 2, 0, 0, 60, 14)
+
+
+def test_cache_hits_are_summed_up_and_the_peak_of_memory_is_the_largest():
+    counts = RunCounts()
+    counts.add_reply(reply(cache_hits=2, peak_memory=300 * 2**20), None)
+    counts.add_reply(reply(cache_hits=1, peak_memory=200 * 2**20), None)
+    counts.add_reply(reply(), None)  # a refusal says nothing of either
+    report = counts.report(Counts(), 1.0, failed=False, prices=Prices())
+    assert (report.cache_hits, report.peak_memory_mb) == (3, 300.0)
 
 
 def make_report(**changes) -> RunReport:
