@@ -126,7 +126,7 @@ def engine_rate(collections: Any) -> float:
         started = time.process_time()
         graph = normalise(materialise(dsk), keys)
         plan = make_plan(graph)
-        run = engine.start(graph, plan, inline_bytes=65536)
+        run = engine.start(plan, inline_bytes=65536)
         match run.events.get():
             case RunFailed(exception):
                 raise exception
@@ -246,7 +246,7 @@ def print_memory() -> None:
         nodes = normalise(materialise(graph), level[0])
         plan = make_plan(nodes)
         print(f"  with the plan          {megabytes():6.0f} MB")
-        run = engine.start(nodes, plan, inline_bytes=65536)
+        run = engine.start(plan, inline_bytes=65536)
         peak = 0.0
         while run.events.empty():
             peak = max(peak, megabytes())

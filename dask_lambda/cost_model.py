@@ -12,7 +12,7 @@ from dask_lambda.cost import Prices
 from dask_lambda.kernels import Speed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CostModel:
     """Times and bounds of Lambda and S3, as the planner sees them.
 
@@ -26,8 +26,10 @@ class CostModel:
         objects (skyrise, the raw data of "An Empirical Evaluation of Serverless Cloud
         Infrastructure for Large-Scale Data Processing").
     bandwidth : float
-        Bytes a second between S3 and one environment in the long run: 75 MB/s (the same; a
-        burst of some 290 MB is faster).
+        Bytes a second between S3 and one environment in the long run: 75 MB/s (the same).
+    burst_bytes, burst_bandwidth : float
+        Of these bytes, the first that an environment moves are faster: 290 MB at 350 MB/s
+        (the same).
     connections : int
         Requests at the same time from one invocation (:mod:`lambda_worker`).
     inline_bytes : int
@@ -40,14 +42,17 @@ class CostModel:
         The part of it that tasks may fill: the rest is the interpreter, the cache, and inputs
         and outputs on their way.
     group_seconds : float
-        The longest that an invocation of several tasks is planned to take: what a failure costs
-        at the most, far below Lambda's limit of 900 s.
+        The longest that an invocation of several tasks is planned to take, a third of Lambda's
+        limit: what a failure costs, and how wrong an estimate may be.
     waiting_usd : float
         What a second of waiting is worth in US dollars: 36 dollars an hour.  A plan that takes a
         second longer must be so much cheaper.
     tolerance : float
-        Differences of a longest path below this part of it are not believed: the estimates are
-        not that good.
+        Differences of a longest path below this part of it, over all decisions, are not
+        believed: the estimates are not that good.
+    fold_seconds : float
+        Sums whose terms take less than this to make are not cut (:mod:`dask_lambda.folding`):
+        the objects that it takes are not worth it.
     speed : Speed
         Of one vCPU.
     prices : Prices
@@ -57,14 +62,17 @@ class CostModel:
     get_seconds: float = 0.027
     put_seconds: float = 0.041
     bandwidth: float = 75e6
+    burst_bytes: float = 290e6
+    burst_bandwidth: float = 350e6
     connections: int = 16
     inline_bytes: int = 64 * 1024
     window: int = 1000
     memory_bytes: int = 1769 * 2**20
     task_memory: float = 0.6
-    group_seconds: float = 120.0
+    group_seconds: float = 300.0
     waiting_usd: float = 0.01
-    tolerance: float = 0.15
+    tolerance: float = 0.1
+    fold_seconds: float = 1.0
     speed: Speed = field(default_factory=Speed)
     prices: Prices = field(default_factory=Prices)
 
@@ -104,10 +112,17 @@ class CostModel:
         if reads:
             seconds += self.get_seconds
             reading = (reads - 1) // self.connections * self.get_seconds
-            reading += read_bytes / self.bandwidth
+            reading += self.transfer_seconds(read_bytes)
         if writes:
-            seconds += self.put_seconds + write_bytes / self.bandwidth
+            seconds += self.put_seconds
+            seconds += self.transfer_seconds(read_bytes + write_bytes)
+            seconds -= self.transfer_seconds(read_bytes)
         return seconds + max(reading, work)
+
+    def transfer_seconds(self, nbytes: float) -> float:
+        """Return what it takes to move so many bytes to or from one environment."""
+        burst = min(nbytes, self.burst_bytes)
+        return burst / self.burst_bandwidth + (nbytes - burst) / self.bandwidth
 
     def group_usd(self, seconds: float, reads: int, writes: int) -> float:
         """Return what an invocation costs that takes so long."""

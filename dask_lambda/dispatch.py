@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import errors, failures
 from dask_lambda.encode import Encoder
-from dask_lambda.graph import Graph, short
+from dask_lambda.graph import short
 from dask_lambda.plan import Group, Plan, split
 from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
 from dask_lambda.state import (
@@ -143,7 +143,6 @@ class Engine:
 
     def start(
         self,
-        graph: Graph,
         plan: Plan,
         *,
         inline_bytes: int,
@@ -156,7 +155,7 @@ class Engine:
 
         Parameters
         ----------
-        graph, plan
+        plan : Plan
         inline_bytes : int
             Results up to this size travel in the reply.
         keep_results : bool
@@ -171,11 +170,11 @@ class Engine:
         name, secret = tokens.token_hex(16), tokens.token_bytes(32)
         store = Store(self.backend.bucket)
         run = Run(
-            graph=graph,
+            graph=plan.graph,
             plan=plan,
             store=store,
             encoder=Encoder(
-                graph,
+                plan.graph,
                 store,
                 prefix=self.backend.prefix,
                 bucket=self.backend.bucket_name,
@@ -543,10 +542,11 @@ class Engine:
     async def _keep(self, run: Run) -> None:
         """Leave the results of a run in S3 and remember how to load and delete them."""
         names = set()
-        for key in run.plan.fetch & run.values.keys():
+        found = run.plan.fetch & run.values.keys()
+        await asyncio.gather(*(run.encoder.spill(run.values[key]) for key in found))
+        for key in found:
             value = run.values.pop(key)
             run.held -= run.inline.pop(key, 0)
-            await run.encoder.spill(value)
             run.encoder.written.discard(value.name)
             run.uncertain.discard(value.name)
             names.add(value.name)

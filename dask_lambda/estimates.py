@@ -4,15 +4,14 @@ May import: kernels, graph, the ground.
 
 There are three sources, and the first that knows wins: what the user says (an annotation
 ``seconds`` or ``nbytes`` of the task, or ``dask-lambda.default-task-seconds`` for its key prefix);
-what tasks of the same key prefix took earlier in this process (:class:`History`); and the guess
+what tasks of the same key prefix took earlier in this process (:mod:`dask_lambda.history`); and the guess
 of :mod:`dask_lambda.kernels` for functions of Dask, NumPy and the like.  Of a user's own function
 that was never seen nothing is known.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +25,6 @@ from lambda_worker.protocol import Key
 UNKNOWN_SECONDS = 0.5
 #: Its result: small enough to travel inline.
 UNKNOWN_BYTES = 8 * 1024
-#: How many measurements of a prefix its mean remembers.
-SAMPLES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,71 +44,6 @@ class Estimates:
     seconds: Mapping[Key, float]
     nbytes: Mapping[Key, int]
     unknown: frozenset[Key] = frozenset()
-
-
-@dataclass(slots=True)
-class _Measured:
-    count: float = 0.0
-    seconds: float = 0.0  # per unit of the guess
-    nbytes: float = 0.0
-
-
-class History:
-    """What tasks took earlier in this process, by key prefix.  May be used by several threads.
-
-    What is remembered is the ratio of the measured to the guessed, so that it also helps where
-    blocks are larger or smaller than they were.
-    """
-
-    def __init__(self) -> None:
-        self._prefixes: dict[str, _Measured] = {}
-        self._lock = threading.Lock()
-
-    def observe(
-        self, prefix: str, count: int, seconds: tuple[float, float], nbytes: tuple[float, float]
-    ) -> None:
-        """Take note of some tasks of one prefix.
-
-        Parameters
-        ----------
-        prefix : str
-        count : int
-        seconds, nbytes : (float, float)
-            The measured and the guessed sums over these tasks.
-        """
-        with self._lock:
-            known = self._prefixes.setdefault(prefix, _Measured())
-            known.count = min(known.count + count, SAMPLES)
-            weight = min(1.0, count / known.count)
-            known.seconds += weight * (seconds[0] / max(seconds[1], 1e-12) - known.seconds)
-            known.nbytes += weight * (nbytes[0] / max(nbytes[1], 1.0) - known.nbytes)
-
-    def learn(
-        self, guessed: Estimates, tasks: Iterable[Key], measured: Mapping[str, Sequence[float]]
-    ) -> None:
-        """Take note of what a worker measured for the tasks of one group.
-
-        Parameters
-        ----------
-        guessed : Estimates
-            What :func:`guess` said.
-        tasks : iterable of key
-        measured : mapping
-            Key prefix to the number of tasks, their seconds, and the bytes of their results.
-        """
-        sums = {prefix: [0.0, 0.0] for prefix in measured}
-        for key in tasks:
-            if (found := sums.get(key_split(key))) is not None:
-                found[0] += guessed.seconds[key]
-                found[1] += guessed.nbytes[key]
-        for prefix, (count, seconds, nbytes) in measured.items():
-            guesses = sums[prefix]
-            self.observe(prefix, int(count), (seconds, guesses[0]), (nbytes, guesses[1]))
-
-    def ratio(self, prefix: str) -> tuple[float, float] | None:
-        """Return measured over guessed, of seconds and of bytes, or None if nothing is known."""
-        known = self._prefixes.get(prefix)
-        return None if known is None else (known.seconds, known.nbytes)
 
 
 def guess(graph: Graph, order: Iterable[Key], speed: kernels.Speed) -> Estimates:
@@ -150,7 +82,7 @@ def estimate(
     guessed: Estimates,
     graph: Graph,
     *,
-    history: History | None = None,
+    ratio: Callable[[str], tuple[float, float] | None] = lambda prefix: None,
     said_seconds: Callable[[Key], float | None] | None = None,
     said_nbytes: Callable[[Key], int | None] | None = None,
     default_seconds: Mapping[str, float] | None = None,
@@ -161,7 +93,9 @@ def estimate(
     ----------
     guessed : Estimates
     graph : Graph
-    history : History, optional
+    ratio : callable, optional
+        Of a key prefix: measured over guessed, of seconds and of bytes, or None
+        (:meth:`dask_lambda.history.History.ratio`).
     said_seconds, said_nbytes : callable, optional
         The annotations of a task, if it has any.
     default_seconds : mapping, optional
@@ -174,12 +108,11 @@ def estimate(
         layer = key[0] if type(key) is tuple else key
         if (found := prefixes.get(layer)) is None:
             prefix = key_split(key)
-            ratio = history.ratio(prefix) if history is not None else None
-            found = prefixes[layer] = prefix, ratio
-        prefix, ratio = found
-        if ratio is not None:
-            seconds[key] *= ratio[0]
-            nbytes[key] = int(nbytes[key] * ratio[1])
+            found = prefixes[layer] = prefix, ratio(prefix)
+        prefix, measured = found
+        if measured is not None:
+            seconds[key] *= measured[0]
+            nbytes[key] = int(nbytes[key] * measured[1])
             known.add(key)
         if default_seconds and prefix in default_seconds:
             seconds[key] = default_seconds[prefix]

@@ -32,6 +32,9 @@ from dask_lambda.graph import Graph
 from dask_lambda.kernels import Catalogue
 from lambda_worker.protocol import Key
 
+#: Tiles of one block at the most.
+MAX_TILES = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -145,6 +148,7 @@ class Grouping:
         self._repeated: set[int] = set()  # tasks that are made by each unit that reads them
         self._repeat_seconds: dict[int, float] = {}
         self._units: dict[int, _Unit] = {}
+        self._tolerated = 0.0  # seconds that were added to the longest path as not believed
 
     # -- the result ------------------------------------------------------------------------------
 
@@ -171,7 +175,7 @@ class Grouping:
                         outputs.append(i)
                         break
             every = self._with_repeats(tasks)
-            seconds = self._block_time(blocks[place]) - self._model.invoke_seconds
+            seconds = self._block_time(blocks[place])[0] - self._model.invoke_seconds
             found.append(([keys[i] for i in every], [keys[i] for i in outputs], seconds))
         return found
 
@@ -466,7 +470,7 @@ class Grouping:
         """Return the merged units of a class if merging is better, else nothing."""
         model, units = self._model, self._units
         seconds = usd = 0.0
-        before = after = begin = 0.0
+        before = after = 0.0
         found: dict[int, _Unit] = {}
         for root, candidates in merged.items():
             unit = units[root]
@@ -490,17 +494,15 @@ class Grouping:
             before = max(before, start + unit.seconds)
             start = max(rest, *(part.start for part in parts))
             after = max(after, start + joined.seconds)
-            begin = max(begin, *(part.start for part in parts))
         path = after - before
-        if 0 < path <= model.tolerance * (before - begin):
-            path = 0.0
-        good = path + seconds / model.window + usd / model.waiting_usd <= 1e-9
+        saved = -(seconds / model.window + usd / model.waiting_usd)
+        good = path <= saved + 1e-9
+        if not good and saved > 0 and path <= model.tolerance * before - self._tolerated:
+            self._tolerated += path
+            good = True
         if note or good:
             root, candidates = next(iter(merged.items()))
-            why = (
-                f"path {after - before:+.3f} s of {before - begin:.3f} s, "
-                f"work {seconds:+.3f} s, {usd:+.6f} USD"
-            )
+            why = f"path {path:+.3f} s of {before:.3f} s, work {seconds:+.3f} s, {usd:+.6f} USD"
             count = sum(len(parts) for parts in merged.values())
             self._decide("merge", candidates[0], root, count, good, why)
         return found if good else {}
@@ -554,52 +556,56 @@ class Grouping:
         places = {root: _indices(self._keys[root]) for root in members}
         axes = [sorted(set(axis)) for axis in zip(*places.values(), strict=True)]
         ranks = [{index: rank for rank, index in enumerate(axis)} for axis in axes]
-        sizes = [_powers(len(axis)) for axis in axes]
-        best: list[list[int]] = [[root] for root in members]
-        best_time = self._waves(best)
-        alone = best_time
+        grid: dict[tuple[int, ...], int] = {
+            tuple(rank[i] for i, rank in zip(place, ranks, strict=True)): root
+            for root, place in places.items()
+        }
+        sizes = [_sizes(len(axis)) for axis in axes]
+        alone = best_cost = self._waves(len(members), [members[0]])
+        best = (1,) * len(axes)
         for shape in product(*sizes):
-            if 1 < math.prod(shape) <= len(members):
-                blocks: dict[tuple[int, ...], list[int]] = defaultdict(list)
-                for root in members:
-                    at = zip(places[root], ranks, shape, strict=True)
-                    blocks[tuple(rank[index] // n for index, rank, n in at)].append(root)
-                found = list(blocks.values())
-                if (time := self._waves(found)) < best_time:
-                    best, best_time = found, time
+            if not 1 < math.prod(shape) <= MAX_TILES:
+                continue
+            sample = [grid[at] for at in product(*map(range, shape)) if at in grid]
+            count = math.prod(math.ceil(len(axis) / n) for axis, n in zip(axes, shape, strict=True))
+            count = max(math.ceil(len(members) / math.prod(shape)), min(count, len(members)))
+            if sample and (cost := self._waves(count, sample)) < best_cost:
+                best, best_cost = shape, cost
+        blocks: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for at, root in grid.items():
+            blocks[tuple(i // n for i, n in zip(at, best, strict=True))].append(root)
         layer = members[0]
-        shape_text = f"blocks of {max(map(len, best))}"
-        why = f"{shape_text} take {best_time:.3f} s, one by one {alone:.3f} s"
-        self._decide("tile", layer, layer, len(members), done=len(best) < len(members), why=why)
-        return best
+        shape_text = " x ".join(map(str, best))
+        why = (
+            f"blocks of {shape_text} take {best_cost[1]:.3f} s, {best_cost[2]:.6f} USD, "
+            f"one by one {alone[1]:.3f} s, {alone[2]:.6f} USD"
+        )
+        self._decide("tile", layer, layer, len(members), math.prod(best) > 1, why)
+        return list(blocks.values())
 
-    def _waves(self, blocks: list[list[int]]) -> float:
-        """Return how long blocks take, window after window; infinite if they do not fit."""
-        model, largest = self._model, max(blocks, key=len)
-        time = self._block_time(largest)
-        if len(largest) > 1:
-            peak = max(self._units[root].peak for root in largest)
-            peak += sum(self._nbytes[root] for root in largest)
+    def _waves(self, count: int, block: Sequence[int]) -> tuple[float, float, float]:
+        """Return what so many blocks take, window after window: in all, in time, in money."""
+        model = self._model
+        time, reads, writes = self._block_time(block)
+        if len(block) > 1:
+            peak = max(self._units[root].peak for root in block)
+            peak += sum(self._nbytes[root] for root in block)
             if peak > model.room or time > model.group_seconds:
-                return math.inf
-        return math.ceil(len(blocks) / model.window) * time
+                return math.inf, math.inf, math.inf
+        seconds = math.ceil(count / model.window) * time
+        usd = count * model.group_usd(time, reads, writes)
+        return seconds + usd / model.waiting_usd, seconds, usd
 
-    def _block_time(self, block: Sequence[int]) -> float:
-        """Return how long the units of a block take in one invocation."""
-        if len(block) == 1:
-            return self._units[block[0]].seconds
+    def _block_time(self, block: Sequence[int]) -> tuple[float, int, int]:
+        """Return how long the units of a block take in one invocation, and its requests."""
         units = [self._units[root] for root in block]
         reads = set[int]().union(*(unit.reads for unit in units))
         repeats = set[int]().union(*(unit.repeats for unit in units))
         work = sum(unit.work for unit in units) + sum(self._seconds[r] for r in repeats)
         sizes = [size for d in reads if not self._model.is_inline(size := self._nbytes[d])]
-        return self._model.group_time(
-            work,
-            len(sizes),
-            sum(sizes),
-            sum(unit.writes for unit in units),
-            sum(unit.written for unit in units),
-        )
+        writes, written = sum(u.writes for u in units), sum(u.written for u in units)
+        time = self._model.group_time(work, len(sizes), sum(sizes), writes, written)
+        return time, len(sizes), writes
 
     # -- why -------------------------------------------------------------------------------------
 
@@ -645,6 +651,6 @@ def _indices(key: Key) -> tuple[int, ...]:
     return key[1:]
 
 
-def _powers(count: int) -> list[int]:
-    """Return 1, 2, 4, ... up to a number, and that number."""
-    return sorted({*(2**i for i in range(count.bit_length()) if 2**i <= count), count})
+def _sizes(count: int) -> list[int]:
+    """Return the sides of blocks to try."""
+    return [n for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32) if n < count] + [count]

@@ -31,7 +31,7 @@ LATER_ITEMS = 64
 CALL_SECONDS = 20e-6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Speed:
     """What one vCPU of a worker does.
 
@@ -47,6 +47,11 @@ class Speed:
 
     flops: float = 25e9
     bytes: float = 1e9
+
+    @classmethod
+    def of(cls, memory_mb: int) -> Speed:
+        """Return the speed of a function: 1,769 MB are one vCPU, and BLAS uses all of them."""
+        return cls(flops=cls.flops * max(1.0, memory_mb / 1769))
 
 
 class Family(Enum):

@@ -1,6 +1,6 @@
 """What one invocation runs.  Pure: no I/O, no clock.
 
-May import: grouping, estimates, kernels, cost_model, graph, errors, dask.order.
+May import: grouping, folding, estimates, kernels, cost_model, graph, errors, dask.order.
 
 A :class:`Group` is what one invocation runs as a whole: some tasks in their order, and the outputs
 that it commits.  With ``mode="none"`` a group is one task ("one node, one invocation"); with
@@ -21,6 +21,7 @@ from dask.utils import key_split
 from dask_lambda.cost_model import CostModel
 from dask_lambda.errors import CyclicGraphError
 from dask_lambda.estimates import Estimates, guess
+from dask_lambda.folding import cut_folds
 from dask_lambda.graph import Graph, is_finaliser, short
 from dask_lambda.grouping import Decision, Grouping
 from lambda_worker.protocol import Key
@@ -76,6 +77,9 @@ class Plan:
         Tasks that the client runs at the end, in this order.
     fetch : frozenset of key
         Resolved keys whose values the client needs, for the caller or for its own tasks.
+    graph : Graph
+        What is run: the graph that was planned, perhaps with some long sums cut
+        (:mod:`dask_lambda.folding`).
     mode : {"auto", "none"}
     decisions : tuple of Decision
         Why tasks run together, or why not.
@@ -85,6 +89,7 @@ class Plan:
     keep: frozenset[Key]
     client: tuple[Key, ...]
     fetch: frozenset[Key]
+    graph: Graph = field(compare=False, repr=False)
     mode: PlanMode = "none"
     decisions: tuple[Decision, ...] = field(default=(), compare=False)
 
@@ -159,6 +164,8 @@ def make_plan(
             estimates = guess(graph, tasks, model.speed)
         uniform = alike is None and not callable(retries)
         signature = None if uniform else (lambda key: (retries_of(key), alike and alike(key)))
+        graph, estimates = cut_folds(graph, tasks, keep, estimates, model)
+        tasks = topological(graph, client)
         grouping = Grouping(graph, tasks, set(keep), estimates, model, signature)
         groups = _prioritised(graph, grouping.groups(), retries_of, estimates)
         decisions = grouping.decisions
@@ -168,6 +175,7 @@ def make_plan(
         keep=keep,
         client=tuple(sorted(client, key=positions.__getitem__)),
         fetch=frozenset(fetch),
+        graph=graph,
         mode=mode,
         decisions=tuple(decisions),
     )

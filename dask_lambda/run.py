@@ -119,7 +119,11 @@ class Run:
         """
         inside = set(group.tasks)
         for key in group.tasks:
-            if key not in self.told and inside.isdisjoint(self.graph.dependencies(key)):
+            if (
+                key not in self.told
+                and key in self.graph.source
+                and inside.isdisjoint(self.graph.dependencies(key))
+            ):
                 self.told[key] = False
                 self.events.put(TaskStarted(key))
 
@@ -133,6 +137,8 @@ class Run:
             The sealed value of its one task, if the caller asked for values.
         """
         for key in group.tasks:
+            if key not in self.graph.source:  # the planner's own
+                continue
             if key not in self.told:
                 self.events.put(TaskStarted(key))
             if not self.told.get(key):

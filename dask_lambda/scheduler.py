@@ -28,8 +28,10 @@ from dask_lambda.cost import Prices
 from dask_lambda.cost_model import CostModel
 from dask_lambda.dispatch import Engine, claim_process
 from dask_lambda.errors import ConfigurationError
-from dask_lambda.estimates import History, estimate, guess
+from dask_lambda.estimates import estimate, guess
 from dask_lambda.graph import Graph
+from dask_lambda.history import History
+from dask_lambda.kernels import Speed
 from dask_lambda.plan import Group, Plan, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
@@ -234,7 +236,6 @@ class LambdaScheduler:
         if len(values) < len(plan.fetch):
             engine = engine or self._engine(settings)
             run = engine.start(
-                graph,
                 plan,
                 inline_bytes=settings.inline_bytes,
                 keep_results=persist,
@@ -340,12 +341,14 @@ def _plan(
         inline_bytes=settings.inline_bytes,
         window=engine.backend.window,
         memory_bytes=memory_mb * 2**20,
+        speed=Speed.of(memory_mb),
+        group_seconds=min(CostModel.group_seconds, settings.timeout / 3),
     )
     guessed = guess(graph, topological(graph, set()), model.speed)
     expected = estimate(
         guessed,
         graph,
-        history=history,
+        ratio=history.ratio,
         said_seconds=annotations.maybe("seconds"),
         said_nbytes=annotations.maybe("nbytes"),
         default_seconds=settings.default_task_seconds,

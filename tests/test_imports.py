@@ -17,8 +17,9 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "__init__", "scheduler", "dispatch", "run"),
-    *("invoke", "encode", "pickling", "failures", "state", "plan", "graph"),
+    *("__main__", "cli", "__init__", "scheduler", "annotations", "dispatch", "run"),
+    *("invoke", "encode", "pickling", "failures", "state", "plan", "grouping", "folding"),
+    *("history", "estimates", "graph", "cost_model", "kernels"),
     *("report", "cost", "config", "errors"),
 ]
 #: The ground, likewise.
@@ -26,7 +27,10 @@ GROUND = [
     *("handler", "uploads", "prefetch", "execute", "folds", "store", "codec", "cache"),
     *("memory", "protocol", "errors"),
 ]
-PURE = ["state", "plan", "graph", "failures", "cost"]
+PURE = [
+    *("state", "plan", "grouping", "folding", "estimates", "graph", "cost_model", "kernels"),
+    *("failures", "cost"),
+]
 WORLD = {
     *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),
     *("aiohttp", "boto3", "botocore", "obstore", "urllib", "http", "tempfile", "os"),

@@ -110,7 +110,8 @@ def test_a_key_that_is_asked_for_in_another_spelling_is_fetched_under_the_graphs
 
 
 def test_an_empty_graph_is_an_empty_plan():
-    assert plan_of({}, []) == Plan((), frozenset(), (), frozenset())
+    plan = plan_of({}, [])
+    assert plan == Plan((), frozenset(), (), frozenset(), plan.graph)
 
 
 # -- finalisers ----------------------------------------------------------------------------------
