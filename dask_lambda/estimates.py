@@ -4,9 +4,9 @@ May import: kernels, graph, the ground.
 
 There are three sources, and the first that knows wins: what the user says (an annotation
 ``seconds`` or ``nbytes`` of the task, or ``dask-lambda.default-task-seconds`` for its key prefix);
-what tasks of the same key prefix took earlier in this process (:mod:`dask_lambda.history`); and the guess
-of :mod:`dask_lambda.kernels` for functions of Dask, NumPy and the like.  Of a user's own function
-that was never seen nothing is known.
+what tasks of the same key prefix took earlier in this process (:mod:`dask_lambda.history`); and
+the guess of :mod:`dask_lambda.kernels` for functions of Dask, NumPy and the like.  Of a user's own
+function that was never seen nothing is known.
 """
 
 from __future__ import annotations
