@@ -96,6 +96,17 @@ def _local(settings: Settings) -> AWSBackend:
     )
 
 
+def usual_window(settings: Settings) -> int:
+    """Return how many invocations may be in flight, as far as the settings tell."""
+    if settings.concurrency is not None:
+        return settings.concurrency
+    if not settings.is_local:
+        return DEFAULT_CONCURRENCY
+    from dask_lambda.local_start import INVOCATIONS_PER_CORE, available_cores
+
+    return INVOCATIONS_PER_CORE * available_cores()
+
+
 def _affordable(window: int) -> int:
     """Make room for a connection for each invocation in flight, or lower the window."""
     try:

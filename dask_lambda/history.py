@@ -72,6 +72,8 @@ class History:
                 found[1] += guessed.nbytes[key]
         for prefix, (count, seconds, nbytes) in measured.items():
             guesses = sums[prefix]
+            if not count or not guesses[0]:
+                continue
             self.observe(prefix, int(count), (seconds, guesses[0]), (nbytes, guesses[1]))
 
     def ratio(self, prefix: str) -> tuple[float, float] | None:

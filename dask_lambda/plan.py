@@ -93,6 +93,9 @@ class Plan:
     mode: PlanMode = "none"
     decisions: tuple[Decision, ...] = field(default=(), compare=False)
 
+    def __str__(self) -> str:
+        return self.describe()
+
     def describe(self) -> str:
         """Say in a few lines what runs together, and why two tasks were merged or not."""
         tasks = sum(len(group.tasks) for group in self.groups)
@@ -164,8 +167,10 @@ def make_plan(
             estimates = guess(graph, tasks, model.speed)
         uniform = alike is None and not callable(retries)
         signature = None if uniform else (lambda key: (retries_of(key), alike and alike(key)))
+        before = graph
         graph, estimates = cut_folds(graph, tasks, keep, estimates, model)
-        tasks = topological(graph, client)
+        if graph is not before:
+            tasks = topological(graph, client)
         grouping = Grouping(graph, tasks, set(keep), estimates, model, signature)
         groups = _prioritised(graph, grouping.groups(), retries_of, estimates)
         decisions = grouping.decisions

@@ -11,30 +11,31 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import dask.config
 from dask._task_spec import DataNode, Task
-from dask.base import persist
+from dask.base import collections_to_expr, persist
 from dask.callbacks import local_callbacks
 from dask.local import nested_get
 
 from dask_lambda import graph as graphs
 from dask_lambda.annotations import Annotations
-from dask_lambda.backend import open_backend
+from dask_lambda.backend import open_backend, usual_window
 from dask_lambda.callbacks import Callbacks
 from dask_lambda.config import Settings, check_names
 from dask_lambda.cost import Prices
 from dask_lambda.cost_model import CostModel
 from dask_lambda.dispatch import Engine, claim_process
 from dask_lambda.errors import ConfigurationError
-from dask_lambda.estimates import estimate, guess
+from dask_lambda.estimates import Estimates, estimate, guess
 from dask_lambda.graph import Graph
 from dask_lambda.history import History
 from dask_lambda.kernels import Speed
 from dask_lambda.plan import Group, Plan, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
-from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
+from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
 from lambda_worker import codec
 from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts
@@ -165,6 +166,31 @@ class LambdaScheduler:
             )
         )
 
+    def explain(self, *collections: Any, optimize_graph: bool = True) -> Plan:
+        """Plan a computation without running it.
+
+        ``print(scheduler.explain(x))`` says what would run together, and why or why not.
+
+        Parameters
+        ----------
+        *collections : dask collections
+            What would be computed together.
+        optimize_graph : bool
+            As ``dask.compute``'s.
+
+        Returns
+        -------
+        Plan
+        """
+        expression = collections_to_expr(collections, optimize_graph).optimize()
+        nodes = graphs.materialise(expression)
+        graph = graphs.normalise(nodes, list(expression.__dask_keys__()))
+        settings = self._settings({})
+        planner = _Planner(
+            graph, settings, Annotations(expression), usual_window(settings), settings.memory
+        )
+        return planner.plan(finalise=True)
+
     def close(self) -> None:
         """Cancel what runs, delete what was persisted, close all connections.  Idempotent.
 
@@ -228,7 +254,10 @@ class LambdaScheduler:
     ) -> dict[Key, Any]:
         """Run a graph; return the values of its outputs by their resolved keys."""
         engine = self._engine(settings) if graph.tasks else None
-        plan, learn = _plan(graph, settings, annotations, callbacks, engine, finalise=not persist)
+        if engine is None or callbacks.wants_values:  # which only single tasks can show
+            settings = replace(settings, plan="none")
+        planner = _Planner.of(graph, settings, annotations, engine)
+        plan = planner.plan(finalise=not persist)
         values = {key: graph.literals[key] for key in plan.fetch if key in graph.literals}
         if persist:
             for key in plan.fetch & graph.stored.keys():
@@ -241,7 +270,7 @@ class LambdaScheduler:
                 keep_results=persist,
                 watch=bool(callbacks),
                 watch_values=callbacks.wants_values,
-                learn=learn,
+                learn=planner.learn if plan.mode == "auto" else None,
             )
             failed = True
             try:
@@ -322,51 +351,76 @@ class LambdaScheduler:
             return engine
 
 
-def _plan(
-    graph: Graph,
-    settings: Settings,
-    annotations: Annotations,
-    callbacks: Callbacks,
-    engine: Engine | None,
-    *,
-    finalise: bool,
-) -> tuple[Plan, Learn | None]:
-    """Plan a run; return the plan, and who learns from what the workers measure."""
-    retries = annotations.of("retries", settings.retries)
-    if engine is None or settings.plan == "none" or callbacks.wants_values:
-        return make_plan(graph, mode="none", finalise=finalise, retries=retries), None
-    memory_mb = engine.backend.invoker.memory_mb or settings.memory
-    alone = annotations.memory(memory_mb)
-    model = CostModel(
-        inline_bytes=settings.inline_bytes,
-        window=engine.backend.window,
-        memory_bytes=memory_mb * 2**20,
-        speed=Speed.of(memory_mb),
-        group_seconds=min(CostModel.group_seconds, settings.timeout / 3),
-    )
-    guessed = guess(graph, topological(graph, set()), model.speed)
-    expected = estimate(
-        guessed,
-        graph,
-        ratio=history.ratio,
-        said_seconds=annotations.maybe("seconds"),
-        said_nbytes=annotations.maybe("nbytes"),
-        default_seconds=settings.default_task_seconds,
-    )
-    plan = make_plan(
-        graph,
-        mode="auto",
-        finalise=finalise,
-        retries=retries,
-        estimates=expected,
-        model=model,
-        alike=alone,
-    )
+class _Planner:
+    """Plans one computation, and learns from it for the next ones.
 
-    def learn(group: Group, measured: Mapping[str, Sequence[float]]) -> None:
-        history.learn(guessed, group.tasks, measured)
+    Parameters
+    ----------
+    graph, settings, annotations
+    window : int
+        Invocations in flight.
+    memory_mb : int
+        Of the function.
+    """
 
-    return plan, learn
+    def __init__(
+        self,
+        graph: Graph,
+        settings: Settings,
+        annotations: Annotations,
+        window: int,
+        memory_mb: int,
+    ):
+        self._graph, self._settings, self._annotations = graph, settings, annotations
+        self._alone = annotations.memory(memory_mb)
+        self._model = CostModel(
+            inline_bytes=settings.inline_bytes,
+            window=window,
+            memory_bytes=memory_mb * 2**20,
+            speed=Speed.of(memory_mb),
+            group_seconds=min(CostModel.group_seconds, settings.timeout / 3),
+        )
+        self._guessed = Estimates({}, {})
+
+    @classmethod
+    def of(
+        cls, graph: Graph, settings: Settings, annotations: Annotations, engine: Engine | None
+    ) -> _Planner:
+        """Return the planner for what an engine offers."""
+        if engine is None:
+            return cls(graph, settings, annotations, 1, settings.memory)
+        memory = engine.backend.invoker.memory_mb or settings.memory
+        return cls(graph, settings, annotations, engine.backend.window, memory)
+
+    def plan(self, *, finalise: bool) -> Plan:
+        """Plan the computation."""
+        retries = self._annotations.of("retries", self._settings.retries)
+        if self._settings.plan == "none":
+            return make_plan(self._graph, mode="none", finalise=finalise, retries=retries)
+        order = topological(self._graph, set())
+        self._guessed = guess(self._graph, order, self._model.speed)
+        expected = estimate(
+            self._guessed,
+            self._graph,
+            ratio=history.ratio,
+            said_seconds=self._annotations.maybe("seconds"),
+            said_nbytes=self._annotations.maybe("nbytes"),
+            default_seconds=self._settings.default_task_seconds,
+        )
+        return make_plan(
+            self._graph,
+            mode="auto",
+            finalise=finalise,
+            retries=retries,
+            estimates=expected,
+            model=self._model,
+            alike=self._alone,
+        )
+
+    def learn(self, group: Group, measured: Mapping[str, Sequence[float]]) -> None:
+        """Take note of what a worker measured."""
+        known = [key for key in group.tasks if key in self._guessed.seconds]
+        history.learn(self._guessed, known, measured)
 
 
 def _reference(engine: Engine, run: Run, key: Key) -> Reference:
