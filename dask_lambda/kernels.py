@@ -75,6 +75,11 @@ _UNKNOWN_BUILTINS = {
     *("map", "filter", "reduce", "sorted", "iter", "next", "getattr", "vars"),
     *("open", "print", "input", "eval", "exec", "compile"),
 }
+#: Of the libraries, what calls the user's code, or does I/O.
+_UNKNOWN_NAMES = {
+    *("vectorize", "methodcaller", "attrgetter", "fromfile", "tofile", "memmap", "load", "save"),
+    *("savez", "savez_compressed", "loadtxt", "savetxt", "genfromtxt"),
+}
 _UNKNOWN_MODULES = ("numpy.random", "dask.bag", "numpy.lib._npyio", "numpy.ctypeslib", "scipy.io")
 #: Of dask.array, what calls the user's code or a foreign array.
 _UNKNOWN_DASK = {
@@ -270,6 +275,8 @@ def _of_function(function: Any) -> Iterator[Family]:
         yield Family.UNKNOWN
     elif library in _LIBRARIES:
         if library == "builtins" and name in _UNKNOWN_BUILTINS:
+            yield Family.UNKNOWN
+        elif name in _UNKNOWN_NAMES or name.endswith("(vectorized)"):  # numpy.frompyfunc
             yield Family.UNKNOWN
         else:
             yield _FAMILIES.get(name, Family.ELEMENTWISE)
