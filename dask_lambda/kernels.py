@@ -70,13 +70,10 @@ class Family(Enum):
 
 
 _LIBRARIES = frozenset({"numpy", "scipy", "operator", "_operator", "toolz", "cytoolz", "builtins"})
-#: Functions that call others, which are among their arguments; or do I/O; or are not repeatable.
-_UNKNOWN_BUILTINS = {
-    *("map", "filter", "reduce", "sorted", "iter", "next", "getattr", "vars"),
-    *("open", "print", "input", "eval", "exec", "compile"),
-}
 #: Of the libraries, what calls the user's code, or does I/O.
 _UNKNOWN_NAMES = {
+    *("map", "filter", "reduce", "sorted", "iter", "next", "getattr", "vars"),
+    *("open", "print", "input", "eval", "exec", "compile"),
     *("vectorize", "methodcaller", "attrgetter", "fromfile", "tofile", "memmap", "load", "save"),
     *("savez", "savez_compressed", "loadtxt", "savetxt", "genfromtxt"),
 }
@@ -274,12 +271,8 @@ def _of_function(function: Any) -> Iterator[Family]:
     if module.startswith(_UNKNOWN_MODULES):
         yield Family.UNKNOWN
     elif library in _LIBRARIES:
-        if library == "builtins" and name in _UNKNOWN_BUILTINS:
-            yield Family.UNKNOWN
-        elif name in _UNKNOWN_NAMES or name.endswith("(vectorized)"):  # numpy.frompyfunc
-            yield Family.UNKNOWN
-        else:
-            yield _FAMILIES.get(name, Family.ELEMENTWISE)
+        calls = name in _UNKNOWN_NAMES or name.endswith("(vectorized)")  # of numpy.frompyfunc
+        yield Family.UNKNOWN if calls else _FAMILIES.get(name, Family.ELEMENTWISE)
     elif module.startswith("dask.array"):
         if name in _UNKNOWN_DASK:
             yield Family.UNKNOWN
