@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dask_lambda import errors, failures
 from dask_lambda.encode import Encoder
 from dask_lambda.graph import short
-from dask_lambda.plan import Group, Plan, split
+from dask_lambda.plan import Group, Plan
 from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
+from dask_lambda.splitting import split
 from dask_lambda.state import (
     Done,
     Event,
@@ -280,7 +281,7 @@ class Engine:
             for key in run.plan.fetch & run.graph.stored.keys():
                 self._fetch(run, self._fetch_stored(run, key))
         plan, auto = run.plan, run.plan.mode != "none"
-        smaller = partial(split, run.graph) if auto else None
+        smaller = partial(split, run.graph, plan.repeated) if auto else None
         self._handle(GroupsAdded(run.name, plan.groups, plan.keep, split=smaller, batch=auto))
 
     def _handle(self, event: Event) -> None:

@@ -30,6 +30,7 @@ from dask_lambda.cost_model import CostModel
 from dask_lambda.estimates import Estimates
 from dask_lambda.graph import Graph
 from dask_lambda.kernels import Catalogue
+from lambda_worker.folds import find_folds
 from lambda_worker.protocol import Key
 
 #: Tiles of one block at the most.
@@ -117,7 +118,7 @@ class Grouping:
         self.decisions: list[Decision] = []
         self._graph, self._model = graph, model
         self._keys: list[Key] = list(order)
-        number = {key: i for i, key in enumerate(self._keys)}
+        number = self._number = {key: i for i, key in enumerate(self._keys)}
         self._count = count = len(self._keys)
         self._keep = {number[key] for key in keep if key in number}
         self._signature = signature
@@ -148,6 +149,7 @@ class Grouping:
         self._repeated: set[int] = set()  # tasks that are made by each unit that reads them
         self._repeat_seconds: dict[int, float] = {}
         self._units: dict[int, _Unit] = {}
+        self._terms: dict[int, frozenset[int]] = {}
         self._tolerated = 0.0  # seconds that were added to the longest path as not believed
 
     # -- the result ------------------------------------------------------------------------------
@@ -178,6 +180,11 @@ class Grouping:
             seconds = self._block_time(blocks[place])[0] - self._model.invoke_seconds
             found.append(([keys[i] for i in every], [keys[i] for i in outputs], seconds))
         return found
+
+    @property
+    def repeated(self) -> frozenset[Key]:
+        """Tasks that each group that reads them runs for itself."""
+        return frozenset(self._keys[i] for i in self._repeated)
 
     def _leaves(self, reader: int, place: int, home: dict[int, int]) -> bool:
         """Tell whether a reader is in another group, itself or as a repeated task."""
@@ -226,6 +233,8 @@ class Grouping:
             if readers < 2 or any(
                 d < self._count and d not in self._repeated for d in self._deps[i]
             ):
+                continue
+            if not all(self._alike(i, r) for r in self._readers[i]):
                 continue
             if self._repeats_if_cheaper(i, readers):
                 tally["repeat", i, self._readers[i][0]] += 1
@@ -278,7 +287,11 @@ class Grouping:
             up[t] = model.write_seconds(nbytes[t]) + readers * model.read_seconds(nbytes[t])
             both = sum(1 for r in self._readers[t] if d in self._deps[r])
             down[t] = (readers - both) * whole_read + readers * self._seconds[t]
-            if t in self._keep or self._item[t]:  # nobody should fetch Q and R to read R
+            if (
+                t in self._keep
+                or self._item[t]  # nobody should fetch Q and R to read R
+                or not all(self._alike(t, r) for r in self._readers[t])
+            ):
                 down[t] = math.inf
         best = {t: min(up[t], down[t]) for t in views}
         if not rest and sum(up.values()) <= whole_write + sum(best.values()):
@@ -514,18 +527,32 @@ class Grouping:
         tasks = [t for part in parts for t in part.tasks] + unit.tasks
         reads = unit.reads.union(*(part.reads for part in parts)).difference(tasks)
         repeats = unit.repeats.union(*(part.repeats for part in parts))
-        peak, held = unit.peak, 0.0
+        sums = self._sums(root)
+        peak, held, total = 0.0, 0.0, 0.0
         for part, p in zip(parts, candidates, strict=True):
-            peak = max(peak, held + part.peak)
-            if len(parts) < 3:  # terms of a longer sum are added up as they come
-                held += self._nbytes[p]
+            peak = max(peak, held + total + part.peak)
+            if p in sums:  # added to a running total as they come
+                total = max(total, float(self._nbytes[p]))
             else:
-                held = max(held, self._nbytes[p])
-        if len(parts) >= 3:
-            peak = max(*(part.peak for part in parts)) + 2 * held
+                held += self._nbytes[p]
+        chosen = set(candidates)
+        summed = sum(self._nbytes[p] for p in chosen & sums)
+        peak = max(peak, held + unit.peak - summed + total)
         work = unit.work + sum(part.work for part in parts)
         joined = _Unit(tasks, reads, repeats, work, peak, unit.written, unit.writes)
         return self._assess(joined)
+
+    def _sums(self, i: int) -> frozenset[int]:
+        """Return the terms of the sums in a task, which the worker adds up one by one."""
+        found = self._terms.get(i)
+        if found is None:
+            terms = set()
+            if len(self._deps[i]) > 2:
+                aliases = self._graph.aliases
+                for fold in find_folds(self._graph.tasks[self._keys[i]]):
+                    terms |= {self._number[aliases.get(key, key)] for key in fold.terms}
+            found = self._terms[i] = frozenset(terms)
+        return found
 
     # -- 3: tiles --------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ is left to the client.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dask.order import order
@@ -80,6 +80,8 @@ class Plan:
     graph : Graph
         What is run: the graph that was planned, perhaps with some long sums cut
         (:mod:`dask_lambda.folding`).
+    repeated : frozenset of key
+        Tasks that each group that reads them runs for itself.
     mode : {"auto", "none"}
     decisions : tuple of Decision
         Why tasks run together, or why not.
@@ -90,6 +92,7 @@ class Plan:
     client: tuple[Key, ...]
     fetch: frozenset[Key]
     graph: Graph = field(compare=False, repr=False)
+    repeated: frozenset[Key] = frozenset()
     mode: PlanMode = "none"
     decisions: tuple[Decision, ...] = field(default=(), compare=False)
 
@@ -158,6 +161,7 @@ def make_plan(
     keep = frozenset(key for key in fetch if key in graph.tasks)
     retries_of = retries if callable(retries) else (lambda _: retries)
     decisions: list[Decision] = []
+    repeated: frozenset[Key] = frozenset()
     if mode == "none":
         groups, positions = _single(graph, client, retries_of)
     else:
@@ -173,7 +177,7 @@ def make_plan(
             tasks = topological(graph, client)
         grouping = Grouping(graph, tasks, set(keep), estimates, model, signature)
         groups = _prioritised(graph, grouping.groups(), retries_of, estimates)
-        decisions = grouping.decisions
+        decisions, repeated = grouping.decisions, grouping.repeated
         positions = {key: i for i, key in enumerate(topological(graph, set()))} if client else {}
     return Plan(
         groups=tuple(groups),
@@ -181,6 +185,7 @@ def make_plan(
         client=tuple(sorted(client, key=positions.__getitem__)),
         fetch=frozenset(fetch),
         graph=graph,
+        repeated=repeated,
         mode=mode,
         decisions=tuple(decisions),
     )
@@ -213,7 +218,8 @@ def _prioritised(
     (Hu's algorithm, "Parallel Sequencing and Assembly Line Problems", Operations Research 9, 1961;
     of those that are equally far, Dask's order.)
     """
-    maker = {key: place for place, (_, outputs, _) in enumerate(found) for key in outputs}
+    maker = {key: number for number, (_, outputs, _) in enumerate(found) for key in outputs}
+    within = {key: number for _, outputs, _ in found for number, key in enumerate(outputs)}
     inputs: list[tuple[Key, ...]] = []
     for tasks, _, _ in found:
         inside = set(tasks)
@@ -223,7 +229,8 @@ def _prioritised(
                 key = graph.resolve(name)
                 if key not in inside and key in maker:
                     reads[key] = None
-        inputs.append(tuple(reads))
+        # In the order in which they are made, since that of dependencies is that of hashes.
+        inputs.append(tuple(sorted(reads, key=lambda key: (maker[key], within[key]))))
     dependencies = {place: {maker[key] for key in reads} for place, reads in enumerate(inputs)}
     positions = _order(dict.fromkeys(dependencies), dependencies)
     readers: list[list[int]] = [[] for _ in found]
@@ -248,7 +255,7 @@ def _prioritised(
                 tuple(outputs),
                 rank,
                 retries(outputs[-1]),
-                _kind(tasks, outputs),
+                kind_of(tasks, outputs),
                 seconds if known else None,
             )
         )
@@ -259,7 +266,7 @@ def _prioritised(
 HOP_SECONDS = 0.1
 
 
-def _kind(tasks: Sequence[Key], outputs: Sequence[Key]) -> str:
+def kind_of(tasks: Sequence[Key], outputs: Sequence[Key]) -> str:
     """Name a group after its last layer and its size."""
     name = key_split(outputs[-1])
     return name if len(tasks) == 1 else f"{name} ({len(tasks)})"
@@ -278,64 +285,6 @@ def _backwards(
             waiting[maker] -= 1
             if not waiting[maker]:
                 ready.append(maker)
-
-
-def split(graph: Graph, group: Group) -> list[Group]:
-    """Replace a group that was too large by two that do the same; nothing if it is one task.
-
-    Groups with several outputs that share no task are divided by outputs, which also takes less
-    memory; others are cut in two, where the least is passed on from the first to the second.
-    """
-    tasks, outputs = group.tasks, group.outputs
-    if len(tasks) < 2:
-        return []
-    if len(outputs) > 1:
-        half = len(outputs) // 2
-        parts = [_needed(graph, tasks, outputs[:half]), _needed(graph, tasks, outputs[half:])]
-        if not set(parts[0]) & set(parts[1]):
-            halves = (outputs[:half], outputs[half:])
-            return [
-                _part(graph, group, part, found) for part, found in zip(parts, halves, strict=True)
-            ]
-    last = {d: i for i, key in enumerate(tasks) for d in graph.dependencies(key)}
-    first = max(1, len(tasks) // 4)
-    cuts = range(first, len(tasks) - first + 1) if len(tasks) > 2 else (1,)
-    passed = {
-        cut: [key for key in tasks[:cut] if last.get(key, -1) >= cut and key not in outputs]
-        for cut in cuts
-    }
-    cut = min(cuts, key=lambda cut: (len(passed[cut]), abs(2 * cut - len(tasks))))
-    before = set(tasks[:cut])
-    written = [*passed[cut], *(key for key in outputs if key in before)]
-    rest = [key for key in outputs if key not in before]
-    return [
-        _part(graph, group, tasks[:cut], written),
-        _part(graph, group, tasks[cut:], rest),
-    ]
-
-
-def _needed(graph: Graph, tasks: Sequence[Key], outputs: Sequence[Key]) -> list[Key]:
-    """Return those of some tasks, in their order, that the outputs need."""
-    wanted = set(outputs)
-    for key in reversed(tasks):
-        if key in wanted:
-            wanted |= graph.dependencies(key)
-    return [key for key in tasks if key in wanted]
-
-
-def _part(graph: Graph, group: Group, tasks: Sequence[Key], outputs: Sequence[Key]) -> Group:
-    inside = set(tasks)
-    everywhere = set(group.inputs).union(group.tasks)
-    reads = (d for key in tasks for d in graph.dependencies(key))
-    inputs = dict.fromkeys(d for d in reads if d in everywhere and d not in inside)
-    return replace(
-        group,
-        tasks=tuple(tasks),
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        kind=_kind(tasks, outputs),
-        seconds=None,
-    )
 
 
 def topological(graph: Graph, without: set[Key]) -> list[Key]:

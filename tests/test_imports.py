@@ -18,7 +18,8 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
     *("__main__", "cli", "__init__", "scheduler", "annotations", "dispatch", "run"),
-    *("invoke", "encode", "pickling", "failures", "state", "plan", "grouping", "folding"),
+    *("invoke", "encode", "pickling", "failures", "state", "splitting", "plan", "grouping"),
+    "folding",
     *("history", "estimates", "graph", "cost_model", "kernels"),
     *("report", "cost", "config", "errors"),
 ]
@@ -28,8 +29,8 @@ GROUND = [
     *("memory", "protocol", "errors"),
 ]
 PURE = [
-    *("state", "plan", "grouping", "folding", "estimates", "graph", "cost_model", "kernels"),
-    *("failures", "cost"),
+    *("state", "splitting", "plan", "grouping", "folding", "estimates", "graph", "cost_model"),
+    *("kernels", "failures", "cost"),
 ]
 WORLD = {
     *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),
