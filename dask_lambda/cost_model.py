@@ -107,21 +107,23 @@ class CostModel:
         writes, write_bytes : int, float
             Objects that it puts, and their bytes.
         """
-        seconds = self.invoke_seconds
-        reading = 0.0
+        seconds, reading = self.invoke_seconds, 0.0
         if reads:
+            transfer = self.transfer_seconds(read_bytes)
             seconds += self.get_seconds
-            reading = (reads - 1) // self.connections * self.get_seconds
-            reading += self.transfer_seconds(read_bytes)
+            reading = (reads - 1) // self.connections * self.get_seconds + transfer
+        else:
+            transfer = 0.0
         if writes:
             seconds += self.put_seconds
-            seconds += self.transfer_seconds(read_bytes + write_bytes)
-            seconds -= self.transfer_seconds(read_bytes)
-        return seconds + max(reading, work)
+            seconds += self.transfer_seconds(read_bytes + write_bytes) - transfer
+        return seconds + (reading if reading > work else work)
 
     def transfer_seconds(self, nbytes: float) -> float:
         """Return what it takes to move so many bytes to or from one environment."""
-        burst = min(nbytes, self.burst_bytes)
+        if nbytes <= self.burst_bytes:
+            return nbytes / self.burst_bandwidth
+        burst = self.burst_bytes
         return burst / self.burst_bandwidth + (nbytes - burst) / self.bandwidth
 
     def group_usd(self, seconds: float, reads: int, writes: int) -> float:
