@@ -147,6 +147,7 @@ class Grouping:
         self._item = [kernel.is_item for kernel in kernels]
         self._parent = list(range(count))  # union-find: who is in whose unit
         self._repeated: set[int] = set()  # tasks that are made by each unit that reads them
+        self._twice: set[int] = set()  # those of them that are stored as well
         self._repeat_seconds: dict[int, float] = {}
         self._units: dict[int, _Unit] = {}
         self._terms: dict[int, frozenset[int]] = {}
@@ -173,7 +174,7 @@ class Grouping:
                     outputs.append(i)
                     continue
                 for r in self._readers[i]:
-                    if home.get(r) != place and self._leaves(r, place, home):
+                    if self._leaves(r, place, home):
                         outputs.append(i)
                         break
             every = self._with_repeats(tasks)
@@ -264,15 +265,17 @@ class Grouping:
         """Decide about the cheap tasks that read a task and nothing else.
 
         Each may join it ("up": what it shows is stored), or be repeated by its readers ("down": the
-        whole is stored).
+        whole is stored).  One that is needed in the end joins it in any case, and is repeated all
+        the same if that is sooner than to wait until it is stored.
         """
         model, nbytes = self._model, self._nbytes
+        whole_read, whole_write = model.read_seconds(nbytes[d]), model.write_seconds(nbytes[d])
         views = [
             t
             for t in self._readers[d]
             if len(self._deps[t]) == 1
             and self._known[t]
-            and self._seconds[t] <= model.invoke_seconds
+            and self._seconds[t] <= model.invoke_seconds + whole_read
             and self._alike(d, t)
         ]
         if not views:
@@ -280,18 +283,19 @@ class Grouping:
         rest = len(views) < len(self._readers[d]) or d in self._keep
         if not rest and len(views) == 1 and views[0] not in self._keep:
             return  # one reader: merging decides
-        whole_read, whole_write = model.read_seconds(nbytes[d]), model.write_seconds(nbytes[d])
         up, down = {}, {}
         for t in views:
             readers = len(self._readers[t])
             up[t] = model.write_seconds(nbytes[t]) + readers * model.read_seconds(nbytes[t])
             both = sum(1 for r in self._readers[t] if d in self._deps[r])
             down[t] = (readers - both) * whole_read + readers * self._seconds[t]
-            if (
-                t in self._keep
-                or self._item[t]  # nobody should fetch Q and R to read R
-                or not all(self._alike(t, r) for r in self._readers[t])
-            ):
+            if self._item[t] or not all(self._alike(t, r) for r in self._readers[t]):
+                down[t] = math.inf  # nobody should fetch Q and R to read R
+            if t in self._keep:
+                if rest and down[t] < math.inf and self._is_sooner_made(t):
+                    self._twice.add(t)
+                    self._repeated.add(t)
+                    self._repeat_seconds[t] = self._seconds[t]
                 down[t] = math.inf
         best = {t: min(up[t], down[t]) for t in views}
         if not rest and sum(up.values()) <= whole_write + sum(best.values()):
@@ -304,6 +308,14 @@ class Grouping:
                 self._repeated.add(t)
                 self._repeat_seconds[t] = self._seconds[t]
                 tally["repeat", t, self._readers[t][0]] += 1
+
+    def _is_sooner_made(self, t: int) -> bool:
+        """Tell whether the readers of a view that is stored in any case should make it again."""
+        model, seconds, readers = self._model, self._seconds[t], len(self._readers[t])
+        wait = model.write_seconds(self._nbytes[t])
+        return (
+            seconds < wait and model.group_usd(readers * seconds, 0, 0) < wait * model.waiting_usd
+        )
 
     def _alike(self, i: int, j: int) -> bool:
         if self._signature is None:
@@ -322,7 +334,7 @@ class Grouping:
     def _make_units(self) -> None:
         members: dict[int, list[int]] = defaultdict(list)
         for i in range(self._count):
-            if i not in self._repeated:
+            if i not in self._repeated or i in self._twice:
                 members[self._find(i)].append(i)
         deps, nbytes = self._deps, self._nbytes
         for root, tasks in members.items():
@@ -359,7 +371,14 @@ class Grouping:
         inline = self._model.inline_bytes
         for t in unit.tasks:
             size = self._nbytes[t]
-            if size > inline and (t in self._keep or not inside.issuperset(self._readers[t])):
+            if size <= inline:
+                continue
+            readers = self._readers[t]
+            if self._twice:
+                readers = [
+                    r for t in readers for r in (t, *(self._readers[t] if t in self._twice else ()))
+                ]
+            if t in self._keep or not inside.issuperset(readers):
                 unit.writes += 1
                 unit.written += size
 
