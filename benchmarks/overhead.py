@@ -6,8 +6,9 @@ Three measurements, each printed as medians of several rounds:
   dispatch) for trivial tasks, with Lambda replaced by a function in the same process that answers
   at once (no network, no AWS; the time inside that function is subtracted), in tasks for each
   second of processor time.
-* *calls*: 1,000 trivial delayed calls, one invocation each, on the embedded AWS, next to
-  dask.distributed with two worker processes in the same rounds, in seconds, with the ratio.
+* *calls*: 1,000 trivial delayed calls on the embedded AWS, as planned by default (they travel in
+  batches) and with one invocation each, next to dask.distributed with two worker processes in the
+  same rounds, in seconds, with the ratios.
 * *client CPU*: processor time of this process for each of these invocations, in milliseconds, from
   Dask's graph to the results, with results inline and with every result through S3.
 
@@ -181,7 +182,8 @@ def main() -> None:
     from distributed import Client, LocalCluster
 
     count = arguments.calls
-    ours: list[float] = []
+    batched: list[float] = []
+    single: list[float] = []
     ours_cpu: list[float] = []
     s3_cpu: list[float] = []
     theirs: list[float] = []
@@ -191,18 +193,22 @@ def main() -> None:
         Client(cluster, set_as_default=False) as client,
     ):
         graph, keys = graph_of(calls(count))
+        one_each: dict[str, Any] = {"scheduler": scheduler, "plan": "none"}
+        through_s3: dict[str, Any] = {"inline_bytes": 0, "plan": "none"}
         for each in (scheduler, client):  # start processes, import modules
             dask.compute(calls(100), scheduler=each)
         for _ in rounds:
-            ours.append(timed(lambda: dask.compute(calls(count), scheduler=scheduler))[0])
+            batched.append(timed(lambda: dask.compute(calls(count), scheduler=scheduler))[0])
             theirs.append(timed(lambda: dask.compute(calls(count), scheduler=client))[0])
-            ours_cpu.append(timed(lambda: scheduler.get(graph, keys))[1] / count)
-            s3_cpu.append(timed(lambda: scheduler.get(graph, keys, inline_bytes=0))[1] / count)
-    mine, other = statistics.median(ours), statistics.median(theirs)
-    print(f"{count:,} trivial delayed calls, one invocation each, on the embedded AWS")
-    print(f"  dask_lambda                      {mine:9.2f} s")
-    print(f"  dask.distributed, 2 processes    {other:9.2f} s")
-    print(f"  ratio (median of rounds)         {statistics.median(map(div, ours, theirs)):9.2f}")
+            single.append(timed(lambda: dask.compute(calls(count), **one_each))[0])
+            ours_cpu.append(timed(lambda: scheduler.get(graph, keys, plan="none"))[1] / count)
+            s3_cpu.append(timed(lambda: scheduler.get(graph, keys, **through_s3))[1] / count)
+    print(f"{count:,} trivial delayed calls on the embedded AWS (medians of rounds)")
+    print(f"  dask.distributed, 2 processes    {statistics.median(theirs):9.2f} s   ratio")
+    for name, ours in {"in batches": batched, "one invocation each": single}.items():
+        ratio = statistics.median(map(div, ours, theirs))
+        text = f"dask_lambda, {name}"
+        print(f"  {text:32} {statistics.median(ours):9.2f} s   {ratio:5.2f}")
     print("client CPU for each invocation")
     print(f"  results inline                   {statistics.median(ours_cpu) * 1e3:9.2f} ms")
     print(f"  results through S3               {statistics.median(s3_cpu) * 1e3:9.2f} ms")
