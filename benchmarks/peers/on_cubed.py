@@ -1,7 +1,7 @@
 """The workloads in Cubed's array API, with its executor of processes and Zarr in S3.
 
 Cubed has arrays only, so the map is ``map_blocks`` over an array with a chunk for each call, and
-the tree is its ``sum`` in chunks of one with ``split_every=2``.  Of its own options those are chosen
+the tree is its ``sum`` in chunks of one with ``split_every=2``.  Of its options those are chosen
 that were the fastest here: processes rather than threads, obstore rather than s3fs.
 """
 

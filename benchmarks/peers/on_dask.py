@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import dask
 import dask.array as da
+from dask.base import compute
+from dask.delayed import delayed
 
 from benchmarks.peers.system import CORES, Function, serve
 
@@ -30,13 +31,13 @@ def add(x: int, y: int) -> int:
 
 def trivial_calls(scheduler: Any, calls: int) -> float:
     """Map."""
-    delayed = dask.delayed(increment)
-    return sum(dask.compute([delayed(i) for i in range(calls)], scheduler=scheduler)[0])
+    call = delayed(increment)
+    return float(sum(compute([call(i) for i in range(calls)], scheduler=scheduler)[0]))
 
 
 def tree(scheduler: Any, leaves: int) -> float:
     """Add in pairs."""
-    first, pair = dask.delayed(increment), dask.delayed(add)
+    first, pair = delayed(increment), delayed(add)
     level = [first(i) for i in range(leaves)]
     while len(level) > 1:
         level = [pair(*level[i : i + 2]) for i in range(0, len(level), 2)]

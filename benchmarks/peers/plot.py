@@ -7,7 +7,6 @@ from pathlib import Path
 
 from benchmarks.peers.measure import SYSTEMS, Outcome
 from benchmarks.peers.table import MEGABYTE, items, s3, seconds
-from benchmarks.peers.workloads import WORKLOADS
 
 #: Okabe and Ito's colours, which are told apart without colour vision too; and hatches, in grey.
 STYLES = dict(
@@ -29,6 +28,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
     workloads = list(dict.fromkeys(each.workload for each in outcomes))
     systems = [name for name in SYSTEMS if any(each.system == name for each in outcomes)]
@@ -36,6 +36,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(PANELS), figsize=(11, 0.9 + 1.15 * len(workloads)), layout="constrained"
     )
+    most = {name: max(items(e) for e in outcomes if e.workload == name) for name in workloads}
     height = 0.8 / len(systems)
     for axis, (label, measured) in zip(axes, PANELS.items(), strict=True):
         values = {key: measured(each) for key, each in found.items() if each.rounds}
@@ -49,7 +50,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
                 if value:
                     axis.barh(y, value, height * 0.9, color=colour, hatch=hatch, edgecolor="white")
                 axis.annotate(
-                    _text(value, found.get((workload, system))),
+                    _text(value, found.get((workload, system)), most[workload]),
                     (value or left, y),
                     xytext=(3, 0),
                     textcoords="offset points",
@@ -63,7 +64,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [
-        plt.Rectangle((0, 0), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", label=system)
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=system)
         for system, (colour, hatch) in STYLES.items()
         if system in systems
     ]
@@ -72,11 +73,11 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     plt.close(figure)
 
 
-def _text(value: float | None, outcome: Outcome | None) -> str:
+def _text(value: float | None, outcome: Outcome | None, most: int) -> str:
     if outcome is None:
         return ""
     if value is not None:
         digits = 0 if value >= 100 or value == 0 else 1 if value >= 10 else 2
-        fewer = outcome.size != WORKLOADS[outcome.workload].full and items(outcome) > 1
-        return f"{value:,.{digits}f}" + (f" (of {items(outcome)})" if fewer else "")
+        fewer = f" ({items(outcome)} of {most:,})" if items(outcome) < most else ""
+        return f"{value:,.{digits}f}{fewer}"
     return "not available" if outcome.problem.startswith("not") else "failed"
