@@ -71,10 +71,12 @@ bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(MAKE) --no-print-directory bench-peers
 
 # The systems that dask_lambda is measured next to live in environments of their own.
+# BENCH_PEERS="--size small --plot peers.png" is a quick look; --help says what else there is.
+BENCH_PEERS ?=
 PEERS := $(VENV)/peers/cubed/installed $(VENV)/peers/lithops/installed
 
 bench-peers: $(INSTALLED) $(VENV)/tmp $(PEERS) ## Run dask_lambda next to its peers (a quarter of an hour)
-	@$(BIN)/python -m benchmarks.peers --json $(VENV)/peers/peers.json --plot $(VENV)/peers/peers.png
+	@$(BIN)/python -m benchmarks.peers $(BENCH_PEERS)
 
 $(PEERS): $(VENV)/peers/%/installed: benchmarks/peers/requirements-%.txt | $(INSTALLED)
 	@echo "==> Installing $* into $(@D)"
