@@ -54,7 +54,7 @@ def main() -> None:
         print("\n" + table(found), flush=True)
         outcomes += found
     versions = {package: v for each in outcomes for package, v in each.versions.items()}
-    print(f"\n{', '.join(f'{package} {v}' for package, v in versions.items())}; ", end="")
+    print(f"\n{', '.join(f'{package} {v}' for package, v in versions.items())}")
     print(f"{time.monotonic() - started:.0f} s in all, load {os.getloadavg()[0]:.1f} at the end")
     if arguments.json:
         content = {
