@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.peers.measure import LONG_ROUND, OURS, SYSTEMS, Outcome, measure
 from benchmarks.peers.system import CORES
-from benchmarks.peers.table import table
+from benchmarks.peers.table import markdown, table
 from benchmarks.peers.workloads import WORKLOADS
 
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one round")
+    parser.add_argument("--markdown", action="store_true", help="print all as one table, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rounds to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the medians")
     arguments = parser.parse_args()
@@ -56,6 +57,8 @@ def main() -> None:
     versions = {package: v for each in outcomes for package, v in each.versions.items()}
     print(f"\n{', '.join(f'{package} {v}' for package, v in versions.items())}")
     print(f"{time.monotonic() - started:.0f} s in all, load {os.getloadavg()[0]:.1f} at the end")
+    if arguments.markdown:
+        print("\n" + markdown(outcomes))
     if arguments.json:
         content = {
             "cores": CORES,

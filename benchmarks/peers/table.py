@@ -77,6 +77,43 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join([*lines, *remarks])
 
 
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """Return one table of all workloads, as in ``docs/benchmarks.md``."""
+    headings = ("system", "seconds", "ratio", "S3 PUT", "GET, HEAD, LIST", "MB to S3", "MB from S3")
+    lines = [
+        "| workload | " + " | ".join((*headings, "peak MB")) + " |",
+        "|---" * (len(headings) + 2) + "|",
+    ]
+    previous = ""
+    for outcome in outcomes:
+        if not outcome.rounds:
+            continue
+        same = [each for each in outcomes if each.workload == outcome.workload]
+        ours = next((each for each in same if each.system == OURS), None)
+        cells = dict(zip(HEADINGS, _cells(ours, outcome), strict=True))
+        remarks = [
+            f"{cells['invocations']} invocations" if cells["invocations"] else "",
+            f"{items(outcome)} only" if outcome.size != same[0].size else "",
+            "1 round" if len(outcome.rounds) == 1 else "",
+        ]
+        title = WORKLOADS[outcome.workload].describe(same[0].size)
+        reads = sum(s3(outcome, name) for name in ("get", "head", "list"))
+        values = (
+            "" if outcome.workload == previous else title,
+            ", ".join(filter(None, (outcome.system, *remarks))),
+            cells["seconds"],
+            cells["ratio"],
+            cells["PUT"],
+            f"{reads:,.0f}",
+            cells["MB in"],
+            cells["MB out"],
+            cells["peak MB"],
+        )
+        lines.append(f"| {' | '.join(values)} |")
+        previous = outcome.workload
+    return "\n".join(lines)
+
+
 def _cells(ours: Outcome | None, outcome: Outcome) -> list[str]:
     found = None if ours is None or ours is outcome else ratio(ours, outcome)
     peak = statistics.median(each["peak_bytes"] for each in outcome.rounds)
