@@ -121,7 +121,7 @@ def _cells(ours: Outcome | None, outcome: Outcome) -> list[str]:
     return [
         str(len(outcome.rounds)),
         f"{seconds(outcome):.2f}",
-        "" if found is None else f"{found:.2f}",
+        "" if found is None else f"{found:.{2 if found >= 0.1 else 3}f}",
         *(f"{s3(outcome, name):,.0f}" for name in REQUESTS.values()),
         f"{s3(outcome, 'bytes_in') / MEGABYTE:,.1f}",
         f"{s3(outcome, 'bytes_out') / MEGABYTE:,.1f}",

@@ -78,7 +78,7 @@ WORKLOADS: dict[str, Workload] = {
         tolerance=0.02,
     ),
     "cholesky": Workload(
-        "Cholesky factor L of x x' + n I, x {n:,} x {n:,} in chunks of {chunk} x {chunk}, |L|^2",
+        "norm of the Cholesky factor of x x' + n I, x {n:,} x {n:,} in chunks of {chunk} x {chunk}",
         full={"n": 4096, "chunk": 512},
         small={"n": 1024, "chunk": 256},
         warm={"n": 128, "chunk": 64},
@@ -87,7 +87,7 @@ WORKLOADS: dict[str, Workload] = {
         tolerance=0.01,
     ),
     "tsqr": Workload(
-        "QR of {rows:,} x {columns} in {blocks} blocks of rows, |R|",
+        "norm of R of {rows:,} x {columns} in {blocks} blocks of rows",
         full={"rows": 200_000, "columns": 64, "blocks": 32},
         small={"rows": 20_000, "columns": 64, "blocks": 8},
         warm={"rows": 2_000, "columns": 16, "blocks": 4},
