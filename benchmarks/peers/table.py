@@ -92,7 +92,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         ours = next((each for each in same if each.system == OURS), None)
         cells = dict(zip(HEADINGS, _cells(ours, outcome), strict=True))
         remarks = [
-            f"{cells['invocations']} invocations" if cells["invocations"] else "",
+            f"invocations: {cells['invocations']}" if cells["invocations"] else "",
             f"{items(outcome)} only" if outcome.size != same[0].size else "",
             "1 round" if len(outcome.rounds) == 1 else "",
         ]
