@@ -16,12 +16,12 @@ unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test lint conformance bench clean
+.PHONY: help .venv demo test lint conformance bench bench-peers clean
 
 help: ## Say what the targets are
 	@echo "dask_lambda: Dask on AWS Lambda and S3"
 	@echo
-	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[-.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  PYTHON=python3.13 make ... chooses another Python (3.11 or newer)."
 
@@ -43,7 +43,7 @@ demo: $(INSTALLED) ## Run the first three examples on an embedded AWS
 	done
 
 # What tests and benchmarks put into temporary files stays in the checkout.
-test conformance bench: export TMPDIR := $(CURDIR)/$(VENV)/tmp
+test conformance bench bench-peers: export TMPDIR := $(CURDIR)/$(VENV)/tmp
 
 $(VENV)/tmp: $(INSTALLED)
 	@mkdir -p $@
@@ -68,6 +68,22 @@ bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.overhead
 	@$(BIN)/python -m benchmarks.overhead --memory
 	@$(BIN)/python -m benchmarks.cold_start
+	@$(MAKE) --no-print-directory bench-peers
+
+# The systems that dask_lambda is measured next to live in environments of their own.
+# BENCH_PEERS="--size small --plot peers.png" is a quick look; --help says what else there is.
+BENCH_PEERS ?=
+PEERS := $(VENV)/peers/cubed/installed $(VENV)/peers/lithops/installed
+
+bench-peers: $(INSTALLED) $(VENV)/tmp $(PEERS) ## Run dask_lambda next to its peers (a quarter of an hour)
+	@$(BIN)/python -m benchmarks.peers $(BENCH_PEERS)
+
+$(PEERS): $(VENV)/peers/%/installed: benchmarks/peers/requirements-%.txt | $(INSTALLED)
+	@echo "==> Installing $* into $(@D)"
+	@$(BIN)/python -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq --upgrade pip
+	@$(@D)/bin/python -m pip install -qq --requirement $<
+	@touch $@
 
 clean: ## Remove what make made
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
