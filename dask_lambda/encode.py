@@ -91,6 +91,10 @@ class Encoder:
         """Return the name of one of the run's objects."""
         return protocol.object_name(self._prefix, self._run, label)
 
+    def folder(self, shard: str) -> str:
+        """Return where the run's objects of one shard are."""
+        return f"{shard}/{self._prefix}/{self._run}"
+
     def take_written(self) -> set[str]:
         """Return what was written, to be deleted by the caller."""
         written, self.written = self.written, set()
@@ -269,7 +273,7 @@ class Encoder:
         async with self._uploading:
             data = await _in_thread(size, sealed)
             self.written.add(name)
-            await self._store.put_new_async(name, data)
+            await self._store.put_async(name, data)
             return len(data)
 
 

@@ -303,10 +303,10 @@ class LambdaScheduler:
             match run.events.get():
                 case TaskStarted(key):
                     callbacks.task_started(key)
-                case TaskFinished(key, data):
+                case TaskFinished(key, sealed):
                     value = None
-                    if data is not None and callbacks.wants_values:
-                        value = codec.loads(data, run.secret, run.object_name(key))
+                    if sealed is not None and callbacks.wants_values:
+                        value = codec.loads(*sealed)
                     callbacks.task_finished(key, value)
                 case RunSucceeded():
                     return

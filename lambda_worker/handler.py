@@ -23,6 +23,7 @@ from typing import Any
 
 from lambda_worker import codec, protocol
 from lambda_worker.cache import Cache
+from lambda_worker.commit import commit
 from lambda_worker.errors import IntegrityError, StoreError, UnserializableError
 from lambda_worker.execute import GroupRun, Output, TaskError
 from lambda_worker.memory import share_out
@@ -74,7 +75,8 @@ class Served:
 
     def __init__(self, group: GroupRequest):
         self.group = group
-        self.outputs: list[dict[str, Any] | Future[dict[str, Any]]] = []
+        self.outputs: list[Value | Future[Value] | None] = [None] * len(group.outputs)
+        self.left: set[str] = set()  # objects in the bucket of which no value tells
         self.run: GroupRun | None = None
         self.wait = 0.0
         self.error: dict[str, Any] | None = None
@@ -93,21 +95,29 @@ class Served:
 
     def record(self) -> dict[str, Any]:
         """Describe the group in the reply, when its last output is committed."""
-        outputs: list[Any] = []
+        values = []
         for output in self.outputs:
             try:
-                outputs.append(output.result() if isinstance(output, Future) else output)
+                value = output.result() if isinstance(output, Future) else output
             except (StoreError, IntegrityError) as error:
                 self.error = self.error or _record(error)
+            else:
+                values.append(value)
+        record: dict[str, Any]
         if self.error is not None:
-            return {"error": self.error}
-        assert self.run is not None
-        return {
-            "outputs": outputs,
-            "seconds": self.run.seconds,
-            "wait": self.wait,
-            "tasks": self.run.tasks,
-        }
+            record = {"error": self.error}
+            self.left.update(value.name for value in values if value and value.data is None)
+        else:
+            assert self.run is not None
+            record = {
+                "outputs": [value.to_json() for value in values if value],
+                "seconds": self.run.seconds,
+                "wait": self.wait,
+                "tasks": self.run.tasks,
+            }
+        if self.left:
+            record["left"] = sorted(self.left)
+        return record
 
 
 class Invocation:
@@ -121,9 +131,7 @@ class Invocation:
         self._inputs: Prefetcher[list[memoryview]] = Prefetcher(
             environment.fetching, environment.shares.prefetch
         )
-        self._uploads: Uploads[dict[str, Any]] = Uploads(
-            environment.uploading, environment.shares.uploads
-        )
+        self._uploads: Uploads[Value] = Uploads(environment.uploading, environment.shares.uploads)
         for run in request.secrets:
             protocol.resolvers[run] = self.resolve
 
@@ -206,7 +214,6 @@ class Invocation:
         """Run one group: load, execute, begin to commit."""
         group = served.group
         body = self._load_body(served)
-        served.outputs = [{} for _ in body.outputs]
         keys = body.outputs
         first = 1 + len(group.frames)
         places = {n: first + s for n, s in zip(body.inputs, body.sources, strict=True)}
@@ -235,7 +242,7 @@ class Invocation:
         try:
             for output in run.outputs():
                 served.outputs[output.place] = self._commit(
-                    keys[output.place], group.outputs[output.place], output
+                    keys[output.place], group.outputs[output.place], output, served.left
                 )
         except TaskError as error:
             if isinstance(error.__cause__, StoreError | IntegrityError):
@@ -252,8 +259,8 @@ class Invocation:
         except BaseException as error:
             raise self._exception(group, None, error, "unpickling the task: ") from error
 
-    def _commit(self, key: Key, name: str, output: Output) -> Any:
-        """Send a result back, or begin to upload it: then its record is in a future.
+    def _commit(self, key: Key, name: str, output: Output, left: set[str]) -> Any:
+        """Send a result back, or begin to upload it: then the value is in a future.
 
         A copy is made now.  The value may be dropped at once, and whatever later tasks do to it
         or to an array that shares its memory does not change what is uploaded.
@@ -273,14 +280,11 @@ class Invocation:
         secret = self.request.secrets[self.request.run]
         if size <= self.request.inline_bytes and size <= self.inline_left:
             self.inline_left -= size
-            return Value(name, size, codec.seal(frames, secret, name)).to_json()
+            return Value(name, size, codec.seal(frames, secret, name))
         self._uploads.make_room(size)
-        sealed = codec.lay_out(frames)
-        return self._uploads.start(size, partial(self._upload, name, sealed, secret))
-
-    def _upload(self, name: str, sealed: bytearray, secret: bytes) -> dict[str, Any]:
-        codec.sign(sealed, secret, name)
-        return Value(name, self.store.put_new(name, sealed)).to_json()
+        laid_out = codec.lay_out(frames)
+        upload = partial(commit, self.store, name, laid_out, secret, left)
+        return self._uploads.start(size, upload)
 
     def _exception(
         self, group: GroupRequest, key: Any, error: BaseException | None, doing: str = ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import platform
+import secrets
 import threading
 import zlib
 from collections.abc import Callable, Hashable
@@ -226,7 +227,7 @@ def shards() -> list[str]:
 
 def run_of(name: str) -> str:
     """Return the run to which an object belongs."""
-    return name.rsplit("/", 2)[1]
+    return objects_of(name)[-1].rsplit("/", 2)[1]
 
 
 def key_label(key: Key) -> str:
@@ -234,6 +235,32 @@ def key_label(key: Key) -> str:
     return hashlib.blake2b(
         repr(key).encode("utf-8", "backslashreplace"), digest_size=16
     ).hexdigest()
+
+
+def attempt_name(output: str) -> str:
+    """Return a name of its own for one attempt to write a large output.
+
+    S3 cannot write an object in parts and refuse it if it exists.  So a large output is written
+    under such a name, and then committed by a small object under the output's own name, which
+    points to it.  All attempts are in one folder, where what a lost one has left can be found.
+    """
+    return f"{attempts_folder(output)}/{secrets.token_hex(8)}"
+
+
+def attempts_folder(output: str) -> str:
+    """Return the folder of all attempts at a large output."""
+    return output + "~"
+
+
+def pointer_name(output: str) -> str:
+    """Return the name to which the tag of a pointer to a large output is bound."""
+    return output + "#pointer"
+
+
+def objects_of(name: str) -> list[str]:
+    """Return the objects that a value consists of: itself, and the pointer to it if it is large."""
+    folder = name.rpartition("/")[0]
+    return [name, folder[:-1]] if folder.endswith("~") else [name]
 
 
 def error_name(output: str) -> str:
