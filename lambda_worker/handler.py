@@ -153,7 +153,9 @@ class Invocation:
         return [each.record() for each in served]
 
     def close(self) -> None:
-        """Wait for what still runs in the background."""
+        """Wait for what still runs in the background; forget the secrets."""
+        for run in self.request.secrets:
+            protocol.resolvers.pop(run, None)
         self._inputs.close()
         self._uploads.close()
 

@@ -327,14 +327,18 @@ class Store:
                 setattr(self.counts, name, getattr(self.counts, name) + amount)
 
     async def list_async(self, prefix: str) -> AsyncIterator[str]:
-        """Yield the names of all objects below a prefix."""
+        """Yield the names of all objects in a folder, at any depth."""
         stream = obstore.list(self.bucket, prefix, chunk_size=1000)
+        pages = 0
         while True:
             with _translated("s3:ListBucket", prefix):
                 try:
                     page = await stream.__anext__()
                 except StopAsyncIteration:
+                    if not pages:  # S3 was asked nevertheless
+                        self._count(lists=1)
                     return
+            pages += 1
             self._count(lists=1)
             for entry in page:
                 yield entry["path"]

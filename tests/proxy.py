@@ -49,9 +49,9 @@ def s3_error(status: int, code: str, message: str = "") -> Answer:
 class Proxy:
     """Forwards every request to one upstream, but for those that the plan says.
 
-    A plan gives, for one kind of request (``"invoke"``, ``"check"``, ``"put"``, ``"get"``,
-    ``"head"``, ``"list"``, ``"delete"``), what happens to the first, the second, ... of them;
-    None forwards it, as does the end of the plan.
+    A plan gives, for one kind of request (``"invoke"``, ``"check"``, ``"put"``, ``"post"``,
+    ``"get"``, ``"head"``, ``"list"``, ``"delete"``, ``"abort"`` of an upload in parts), what
+    happens to the first, the second, ... of them; None forwards it, as does the end of the plan.
 
     Attributes
     ----------
@@ -133,6 +133,8 @@ def _kind(request: web.BaseRequest) -> str:
         return "check" if dry else "invoke"
     if request.method == "POST" and "delete" in request.query:
         return "delete"
+    if request.method == "DELETE" and "uploadId" in request.query:
+        return "abort"
     if request.method == "GET" and "list-type" in request.query:
         return "list"
     return request.method.lower()
