@@ -147,6 +147,7 @@ class Engine:
         plan: Plan,
         *,
         inline_bytes: int,
+        compression: protocol.Compression = "none",
         keep_results: bool = False,
         watch: bool = False,
         watch_values: bool = False,
@@ -159,6 +160,8 @@ class Engine:
         plan : Plan
         inline_bytes : int
             Results up to this size travel in the reply.
+        compression : {"none", "zstd"}
+            Of larger ones, and of large data that tasks read.
         keep_results : bool
             Leave the results in S3, in place of fetching them.
         watch : bool
@@ -182,6 +185,7 @@ class Engine:
                 run=name,
                 secret=secret,
                 secret_of=self._secret_of,
+                compression=compression,
             ),
             name=name,
             secret=secret,

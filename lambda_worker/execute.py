@@ -20,6 +20,10 @@ from dask.utils import key_split
 from lambda_worker.folds import RunningSum, find_folds, replace_fold
 from lambda_worker.protocol import Body, Key
 
+#: What is told of a group's tasks stays small, whatever their keys are.
+MAX_PREFIXES, MAX_PREFIX = 50, 100
+OTHERS = "..."
+
 
 class TaskError(Exception):
     """A task raised: carries its key; the exception is the cause."""
@@ -170,7 +174,7 @@ class GroupRun:
     @contextmanager
     def _measured(self, key: Key) -> Iterator[list[Any]]:
         """Count the time as that of one task, and tell whose exception it was."""
-        record = self.tasks.setdefault(key_split(key), [0, 0.0, 0])
+        record = self._record(key)
         started = time.perf_counter()
         try:
             yield record
@@ -180,6 +184,13 @@ class GroupRun:
             seconds = time.perf_counter() - started
             self.seconds += seconds
             record[1] += seconds
+
+    def _record(self, key: Key) -> list[Any]:
+        """Return what is counted for the prefix of a key, which is to be text for a reply."""
+        prefix = key_split(key)[:MAX_PREFIX].encode("utf-8", "backslashreplace").decode()
+        if prefix not in self.tasks and len(self.tasks) >= MAX_PREFIXES:
+            prefix = OTHERS
+        return self.tasks.setdefault(prefix, [0, 0.0, 0])
 
     # -- sums ------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ class Served:
         for output in self.outputs:
             try:
                 value = output.result() if isinstance(output, Future) else output
-            except (StoreError, IntegrityError) as error:
+            except (StoreError, IntegrityError, UnserializableError) as error:
                 self.error = self.error or _record(error)
             else:
                 values.append(value)
@@ -184,7 +184,7 @@ class Invocation:
             codec.verify(data, secret, name)
             if kept is not None or environment.cache.put(name, data):
                 data = memoryview(data).toreadonly()  # it stays as it is: readers get copies
-        return codec.open_verified(data, name)
+        return codec.frames_of(data, name)
 
     def resolve(self, reference: Reference) -> Any:
         """Load a reference inside a task."""
@@ -284,9 +284,16 @@ class Invocation:
             self.inline_left -= size
             return Value(name, size, codec.seal(frames, secret, name))
         self._uploads.make_room(size)
-        laid_out = codec.lay_out(frames)
-        upload = partial(commit, self.store, name, laid_out, secret, left)
+        upload = partial(self._upload, [codec.lay_out(frames)], name, secret, left)
         return self._uploads.start(size, upload)
+
+    def _upload(self, copy: list[bytearray], name: str, secret: bytes, left: set[str]) -> Value:
+        laid_out = copy.pop()
+        if self.request.compression != "none":
+            frames = codec.frames_of(laid_out, name)
+            laid_out = codec.lay_out(frames, self.request.compression)
+            del frames
+        return commit(self.store, name, laid_out, secret, left)
 
     def _exception(
         self, group: GroupRequest, key: Any, error: BaseException | None, doing: str = ""

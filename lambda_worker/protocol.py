@@ -18,7 +18,7 @@ import threading
 import zlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import dask
 
@@ -36,6 +36,7 @@ MAX_INLINE_TOTAL_BYTES = 4_400_000
 #: (3,500 PUT and 5,500 GET a second for each partitioned prefix).
 SHARD_DIGITS = 1
 
+Compression = Literal["none", "zstd"]
 Key = Hashable  # Dask: str, bytes, int, float or a tuple of them
 
 
@@ -158,6 +159,7 @@ class Request:
     bucket: str
     inline_bytes: int  #: outputs up to this size come back in the reply
     groups: list[GroupRequest] | Value  #: a value: their sealed JSON, where it is too long
+    compression: Compression = "none"  #: of the outputs that go to S3
 
     def to_json(self) -> dict[str, Any]:
         """Build the event of the Invoke."""
@@ -169,6 +171,7 @@ class Request:
             "secrets": {run: base64.b64encode(s).decode() for run, s in self.secrets.items()},
             "bucket": self.bucket,
             "inline_bytes": self.inline_bytes,
+            "compression": self.compression,
             "groups": (
                 groups.to_json() if isinstance(groups, Value) else [g.to_json() for g in groups]
             ),
@@ -183,6 +186,7 @@ class Request:
             secrets={run: base64.b64decode(s) for run, s in event["secrets"].items()},
             bucket=event["bucket"],
             inline_bytes=event["inline_bytes"],
+            compression=event["compression"],
             groups=(
                 Value.from_json(groups)
                 if isinstance(groups, dict)

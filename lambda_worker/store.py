@@ -1,4 +1,4 @@
-"""S3 objects by name, counted.  May import: protocol, errors, obstore.
+"""S3 objects by name, counted.  May import: codec, protocol, errors, obstore.
 
 Large objects travel in parts, several at a time.
 
@@ -10,7 +10,6 @@ try makes sense.
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 import re
 import threading
@@ -31,7 +30,7 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
-from lambda_worker import protocol
+from lambda_worker import codec, protocol
 from lambda_worker.errors import IntegrityError, StoreError, StoreErrorKind
 
 #: A whole object of 10 GB at 75 MB/s, the sustained bandwidth of one Lambda, takes 133 s.
@@ -168,7 +167,7 @@ class Store:
         """
         if size <= self.parts.read_above:
             return self._get(name, 0, size)
-        buffer = _allocate(size)
+        buffer = codec.allocate(size)
 
         def get(part: tuple[int, int]) -> None:
             _fill(buffer, name, *part, self._get(name, *part))
@@ -187,7 +186,7 @@ class Store:
         """Return an object's bytes; see :meth:`get`."""
         if size <= self.parts.read_above:
             return await self._get_async(name, 0, size)
-        buffer = _allocate(size)
+        buffer = codec.allocate(size)
 
         async def get(part: tuple[int, int]) -> None:
             async with self._ranges_at_once:
@@ -342,11 +341,6 @@ class Store:
             self._count(lists=1)
             for entry in page:
                 yield entry["path"]
-
-
-def _allocate(size: int) -> Any:
-    """Return a writable buffer of zeros, whose pages cost nothing before they are written to."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _fill(buffer: Any, name: str, start: int, end: int, data: Any) -> None:
