@@ -199,6 +199,13 @@ def frames_of(sealed: Any, name: str) -> list[memoryview]:
     return frames
 
 
+def is_compressed(sealed: Any) -> bool:
+    """Whether :func:`frames_of` would make more of a verified object than there is."""
+    count = _HEADER.unpack_from(sealed, TAG_BYTES)[1]
+    lengths = struct.unpack_from(f"<{count}Q", sealed, TAG_BYTES + _HEADER.size)
+    return any(length & _COMPRESSED for length in lengths)
+
+
 def unseal(sealed: Any, secret: bytes, name: str) -> list[memoryview]:
     """Verify a sealed object and return its frames; see :func:`frames_of`.
 

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +39,9 @@ UPLOAD_THREADS = 8
 #: A pickled exception above this size is replaced by its text.
 MAX_EXCEPTION_BYTES = 200_000
 MAX_TEXT = 20_000
+
+
+Frames = Callable[[], list[memoryview]]
 
 
 class Environment:
@@ -82,7 +85,7 @@ class Served:
         self.error: dict[str, Any] | None = None
         values = [group.body, *(value for _, value in group.frames), *group.inputs]
         self.values = values
-        self.slots: list[Slot[list[memoryview]] | None] = [None] * len(values)
+        self.slots: list[Slot[Frames] | None] = [None] * len(values)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -128,7 +131,7 @@ class Invocation:
         self.store = environment.store(request.bucket)
         self.inline_left = protocol.MAX_INLINE_TOTAL_BYTES
         self._locks: dict[str, threading.Lock] = {}
-        self._inputs: Prefetcher[list[memoryview]] = Prefetcher(
+        self._inputs: Prefetcher[Frames] = Prefetcher(
             environment.fetching, environment.shares.prefetch
         )
         self._uploads: Uploads[Value] = Uploads(environment.uploading, environment.shares.uploads)
@@ -171,20 +174,37 @@ class Invocation:
 
     def fetch(self, value: Value) -> list[memoryview]:
         """Return the verified frames of a value, wherever it is: a copy for this reader alone."""
-        name = value.name
+        return codec.frames_of(self._verified(value), value.name)
+
+    def fetch_ahead(self, value: Value) -> Frames:
+        """Begin to :meth:`fetch`; return a function that ends it.
+
+        What is compressed stays so until then: it may be very much larger afterwards, and the
+        budget of what is fetched ahead knows its size in S3.
+        """
+        data = self._verified(value)
+        if codec.is_compressed(data):
+            return partial(codec.frames_of, data, value.name)
+        frames = codec.frames_of(data, value.name)
+        return lambda: frames
+
+    def _verified(self, value: Value) -> Any:
+        """Return a value sealed and verified; read-only if somebody else has it as well."""
+        name, data = value.name, value.data
         secret = self.secret(name)
-        if value.data is not None:
-            return codec.unseal(value.data, secret, name)
-        if not value.shared:
-            return codec.unseal(self.store.get(name, value.size), secret, name)
-        # Two readers do not download it twice.
-        with self._locks.setdefault(name, threading.Lock()):
-            kept = environment.cache.get(name)
-            data = self.store.get(name, value.size) if kept is None else kept
-            codec.verify(data, secret, name)
-            if kept is not None or environment.cache.put(name, data):
-                data = memoryview(data).toreadonly()  # it stays as it is: readers get copies
-        return codec.frames_of(data, name)
+        if data is None and value.shared:
+            # Two readers do not download it twice.
+            with self._locks.setdefault(name, threading.Lock()):
+                kept = environment.cache.get(name)
+                data = self.store.get(name, value.size) if kept is None else kept
+                codec.verify(data, secret, name)
+                if kept is not None or environment.cache.put(name, data):
+                    return memoryview(data).toreadonly()
+                return data
+        if data is None:
+            data = self.store.get(name, value.size)
+        codec.verify(data, secret, name)
+        return data
 
     def resolve(self, reference: Reference) -> Any:
         """Load a reference inside a task."""
@@ -200,15 +220,16 @@ class Invocation:
             for place, value in enumerate(each.values):
                 if value.data is None:
                     value.shared = value.shared or readers[value.name] > 1
-                    each.slots[place] = Slot(value.size, partial(self.fetch, value))
+                    each.slots[place] = Slot(value.size, partial(self.fetch_ahead, value))
         self._inputs.add(slot for each in served for slot in each.slots if slot)
 
     def _take(self, served: Served, place: int) -> list[memoryview]:
         slot = served.slots[place]
+        if slot is None:
+            return self.fetch(served.values[place])
         with served.waiting():
-            if slot is None:
-                return self.fetch(served.values[place])
-            return self._inputs.take(slot)
+            frames = self._inputs.take(slot)
+        return frames()
 
     # -- one group -------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ class Parts:
     of them.
     """
 
-    read_above: int = 16 * 2**20
+    read_above: int = 8 * 2**20
     read: int = 8 * 2**20
     write_above: int = 64 * 2**20
     write: int = 16 * 2**20
