@@ -618,7 +618,7 @@ class Engine:
         while self._runs and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         for run in list(self._runs.values()):  # what is still in flight may yet write these
-            run.uncertain.update(run.object_name(key) for key in self._expected(run))
+            run.lost.update(run.object_name(key) for key in self._expected(run))
             run.drained.set()
             await self._sweep(run)
         names = [name for _, kept in self._kept.values() for name in kept]

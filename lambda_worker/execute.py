@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import dask._task_spec  # noqa: F401  tasks are unpickled into it: load it at the cold start
+from dask._task_spec import Alias  # tasks are unpickled into it: loaded at the cold start
 from dask.utils import key_split
 
 from lambda_worker.folds import RunningSum, find_folds, replace_fold
@@ -130,7 +130,7 @@ class GroupRun:
     def _run(self, task: Any) -> Iterator[Output]:
         key = task.key
         self._prepare(task)
-        with self._measured(key) as record:
+        with self._measured(key, counted=not isinstance(task, Alias)) as record:
             for name in task.dependencies:
                 if name in self._sums:
                     self.values[name] = self._sums.pop(name).running
@@ -172,9 +172,9 @@ class GroupRun:
                 self.values.pop(name, None)
 
     @contextmanager
-    def _measured(self, key: Key) -> Iterator[list[Any]]:
+    def _measured(self, key: Key, counted: bool = True) -> Iterator[list[Any]]:
         """Count the time as that of one task, and tell whose exception it was."""
-        record = self._record(key)
+        record = self._record(key) if counted else [0, 0.0, 0]
         started = time.perf_counter()
         try:
             yield record

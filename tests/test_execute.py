@@ -9,7 +9,7 @@ from operator import add
 
 import numpy as np
 import pytest
-from dask._task_spec import Task, TaskRef
+from dask._task_spec import Alias, Task, TaskRef
 
 from lambda_worker.execute import GroupRun, TaskError
 from lambda_worker.protocol import Body
@@ -184,6 +184,13 @@ def test_tasks_are_counted_by_prefix_with_the_bytes_of_their_results():
         "output": (1, 1000),
     }
     assert run.seconds == pytest.approx(sum(seconds for _, seconds, _ in run.tasks.values()))
+
+
+def test_another_name_of_a_value_is_no_task():
+    tasks = [Task("a", inc, 1), Alias("b", "a"), Task("c", inc, TaskRef("b"))]
+    run = GroupRun(body(tasks, ["c"]), lambda *_: None)
+    assert [output.value for output in run.outputs()] == [3]
+    assert set(run.tasks) == {"a", "c"}
 
 
 def test_what_is_told_of_tasks_is_small_and_text_whatever_their_keys_are():
