@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib import resources
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import dask.config
@@ -36,6 +37,7 @@ class Settings:
     endpoint_url: str | None
     concurrency: int | None
     inline_bytes: int
+    compression: Literal["none", "zstd"]
     plan: Literal["auto", "none"]
     memory: int
     timeout: int
@@ -63,6 +65,12 @@ class Settings:
     def _validate(self) -> None:
         _choice("backend", self.backend, ("auto", "local", "aws"))
         _choice("plan", self.plan, ("auto", "none"))
+        _choice("compression", self.compression, ("none", "zstd"))
+        if self.compression == "zstd" and find_spec("zstandard") is None:
+            raise ConfigurationError(
+                "dask-lambda.compression is 'zstd', but the package 'zstandard' is not installed: "
+                "install dask_lambda[compression], here and for the Lambda function"
+            )
         for name in ("function", "bucket", "region", "endpoint_url"):
             _check(name, getattr(self, name), "text", lambda v: v is None or _is_name(v))
         _check(

@@ -147,6 +147,7 @@ class Engine:
         plan: Plan,
         *,
         inline_bytes: int,
+        compression: protocol.Compression = "none",
         keep_results: bool = False,
         watch: bool = False,
         watch_values: bool = False,
@@ -159,6 +160,8 @@ class Engine:
         plan : Plan
         inline_bytes : int
             Results up to this size travel in the reply.
+        compression : {"none", "zstd"}
+            Of larger ones, and of large data that tasks read.
         keep_results : bool
             Leave the results in S3, in place of fetching them.
         watch : bool
@@ -182,6 +185,7 @@ class Engine:
                 run=name,
                 secret=secret,
                 secret_of=self._secret_of,
+                compression=compression,
             ),
             name=name,
             secret=secret,
@@ -349,7 +353,7 @@ class Engine:
         content = reply.content
         if content is None or "refused" in content:
             if reply.ran:
-                run.uncertain.update(run.object_name(k) for g in groups for k in g.outputs)
+                run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
             if content is not None:
                 failure = failures.from_refusal(content["refused"])
             else:
@@ -363,6 +367,7 @@ class Engine:
         outcomes: list[Done | Failure] = []
         seconds = content["milliseconds"] / 1e3 / len(groups)  # batches are of one kind
         for group, record in zip(groups, content["groups"], strict=True):
+            run.uncertain.update(record.get("left", ()))
             if "error" in record:  # perhaps after one of its outputs was written
                 run.uncertain.update(map(run.object_name, group.outputs))
                 outcomes.append(failures.from_record(record["error"]))
@@ -416,13 +421,14 @@ class Engine:
                 else:
                     run.results[key] = Sealed(data, run.secret, value.name)
         if run.watch and not run.over:
-            data = None
+            sealed = None
             if run.watch_values:
                 value = run.values[group.outputs[0]]
                 data = value.data
                 if data is None:
                     data = await run.store.get_async(value.name, value.size)
-            run.tell_finished(group, data)
+                sealed = Sealed(data, run.secret, value.name)
+            run.tell_finished(group, sealed)
 
     def _expected(self, run: Run) -> Iterable[Key]:
         """Return what the invocations in flight may yet write."""
@@ -535,10 +541,27 @@ class Engine:
         self._release(run, list(run.values))
         names = run.encoder.take_written()
         if run.drained.is_set():
-            names |= run.uncertain
-            run.uncertain = set()
+            names |= run.uncertain | await self._find_lost(run)
+            run.uncertain, run.lost = set(), set()
         run.trash.extend(names.difference(run.trash))
         await self._empty(run)
+
+    async def _find_lost(self, run: Run) -> set[str]:
+        """Find what invocations have written that were lost before they could say so.
+
+        A large output is an object of which only its pointer, if it was written, has the name.
+        """
+        folders = {protocol.attempts_folder(name) for name in run.lost}
+        if len(folders) > len(protocol.shards()):
+            folders = {run.encoder.folder(shard) for shard in protocol.shards()}
+        found = set(run.lost)
+        try:
+            for folder in folders:
+                found.update([name async for name in run.store.list_async(folder)])
+        except StoreError as error:
+            logger.warning("what lost invocations have left behind is not known: %s", error)
+        kept = {name for v in run.kept.values() for name in protocol.objects_of(v.name)}
+        return found - kept
 
     async def _keep(self, run: Run) -> None:
         """Leave the results of a run in S3 and remember how to load and delete them."""
@@ -595,7 +618,7 @@ class Engine:
         while self._runs and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         for run in list(self._runs.values()):  # what is still in flight may yet write these
-            run.uncertain.update(run.object_name(key) for key in self._expected(run))
+            run.lost.update(run.object_name(key) for key in self._expected(run))
             run.drained.set()
             await self._sweep(run)
         names = [name for _, kept in self._kept.values() for name in kept]

@@ -55,6 +55,8 @@ class Encoder:
         Of the run.
     secret_of : callable
         The secret of a reference's run.
+    compression : {"none", "zstd"}
+        Of large buffers and literals, and of the outputs of tasks.
 
     Attributes
     ----------
@@ -72,6 +74,7 @@ class Encoder:
         run: str,
         secret: bytes,
         secret_of: Callable[[Reference], bytes],
+        compression: protocol.Compression = "none",
     ):
         self.written: set[str] = set()
         self.secret_of = secret_of
@@ -81,6 +84,7 @@ class Encoder:
         self._bucket = bucket
         self._run = run
         self._secret = secret
+        self._compression = compression
         self._functions = FunctionCache()
         self._uploading = asyncio.Semaphore(UPLOADS)
         self._uploads: dict[str, asyncio.Task[int]] = {}
@@ -90,6 +94,10 @@ class Encoder:
     def object_name(self, label: str) -> str:
         """Return the name of one of the run's objects."""
         return protocol.object_name(self._prefix, self._run, label)
+
+    def folder(self, shard: str) -> str:
+        """Return where the run's objects of one shard are."""
+        return f"{shard}/{self._prefix}/{self._run}"
 
     def take_written(self) -> set[str]:
         """Return what was written, to be deleted by the caller."""
@@ -124,7 +132,9 @@ class Encoder:
             requests.append(await self._group(group, values, inline_bytes, secrets))
         inline = [v for r in requests for v in (r.body, *r.inputs) if v.data is not None]
         await self._make_room(inline)
-        request = Request(self._run, secrets, self._bucket, inline_bytes, requests)
+        request = Request(
+            self._run, secrets, self._bucket, inline_bytes, requests, self._compression
+        )
         payload = _json(request.to_json())
         if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs
             name = self.object_name("groups-" + protocol.key_label(groups[0].outputs[0]))
@@ -228,7 +238,7 @@ class Encoder:
         if size <= inline_bytes:
             sealed = codec.seal(frames, self._secret, name)
             return Value(name, len(sealed), sealed)
-        size = await self._upload(name, lambda: codec.seal(frames, self._secret, name), size)
+        size = await self._upload(name, lambda: self._seal(frames, name), size)
         return Value(name, size, shared=True)
 
     async def _frame(self, frame: memoryview) -> Value:
@@ -238,10 +248,11 @@ class Encoder:
             digest = await _in_thread(frame.nbytes, lambda: hashlib.sha256(frame).hexdigest())
             self._frames[place] = frame.obj, self.object_name("frame-" + digest[:32])
         name = self._frames[place][1]
-        size = await self._upload(
-            name, lambda: codec.seal([frame], self._secret, name), frame.nbytes
-        )
+        size = await self._upload(name, lambda: self._seal([frame], name), frame.nbytes)
         return Value(name, size, shared=True)
+
+    def _seal(self, frames: list[memoryview], name: str) -> bytearray:
+        return codec.seal(frames, self._secret, name, self._compression)
 
     async def _make_room(self, inline: list[Value]) -> None:
         """Move the largest inline values to S3, if a few of them make the rest fit.
@@ -269,7 +280,7 @@ class Encoder:
         async with self._uploading:
             data = await _in_thread(size, sealed)
             self.written.add(name)
-            await self._store.put_new_async(name, data)
+            await self._store.put_async(name, data)
             return len(data)
 
 

@@ -22,6 +22,14 @@ from lambda_worker.protocol import Key, Value
 from lambda_worker.store import Store
 
 
+class Sealed(NamedTuple):
+    """A fetched value, with what it takes to open it."""
+
+    data: Any
+    secret: bytes
+    name: str
+
+
 @dataclass(frozen=True, slots=True)
 class TaskStarted:
     """A task was sent to Lambda."""
@@ -34,7 +42,7 @@ class TaskFinished:
     """A task is done; its value, still sealed, if the caller asked for values."""
 
     key: Key
-    data: Any = None
+    value: Sealed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +55,6 @@ class RunFailed:
     """The run failed."""
 
     exception: BaseException
-
-
-class Sealed(NamedTuple):
-    """A fetched value, with what it takes to open it."""
-
-    data: Any
-    secret: bytes
-    name: str
 
 
 #: Called for each group that is done, with what the worker measured: key prefix to the number of
@@ -99,6 +99,7 @@ class Run:
     inline: dict[Key, int] = field(default_factory=dict)  # bytes of inline values
     held: int = 0  # their sum
     uncertain: set[str] = field(default_factory=set)  # may have been written, nobody said so
+    lost: set[str] = field(default_factory=set)  # outputs of invocations that sent no reply
     trash: list[str] = field(default_factory=list)
     deleting: asyncio.Lock = field(default_factory=asyncio.Lock)
     delete_soon: bool = False
@@ -127,14 +128,14 @@ class Run:
                 self.told[key] = False
                 self.events.put(TaskStarted(key))
 
-    def tell_finished(self, group: Group, data: Any = None) -> None:
+    def tell_finished(self, group: Group, value: Sealed | None = None) -> None:
         """Tell the caller that the tasks of a group are done, each once.
 
         Parameters
         ----------
         group : Group
-        data : buffer, optional
-            The sealed value of its one task, if the caller asked for values.
+        value : Sealed, optional
+            The value of its one task, if the caller asked for values.
         """
         for key in group.tasks:
             if key not in self.graph.source:  # the planner's own
@@ -143,7 +144,7 @@ class Run:
                 self.events.put(TaskStarted(key))
             if not self.told.get(key):
                 self.told[key] = True
-                self.events.put(TaskFinished(key, data))
+                self.events.put(TaskFinished(key, value))
 
     def load(self, key: Key) -> Any:
         """Decode a result, giving up its sealed bytes."""

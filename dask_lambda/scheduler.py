@@ -41,7 +41,9 @@ from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts
 
 #: Settings that may be given for one computation: ``x.compute(scheduler=lambda_get, retries=3)``.
-CALL_SETTINGS = frozenset({"retries", "inline_bytes", "plan", "default_task_seconds"})
+CALL_SETTINGS = frozenset(
+    {"retries", "inline_bytes", "compression", "plan", "default_task_seconds"}
+)
 
 #: What tasks took in this process, whichever scheduler ran them.
 history = History()
@@ -72,8 +74,9 @@ class LambdaScheduler:
     **settings
         Any of the settings in ``dask_lambda.yaml``, as keywords: ``backend``, ``function``,
         ``bucket``, ``prefix``, ``region``, ``endpoint_url``, ``concurrency``, ``inline_bytes``,
-        ``plan``, ``memory``, ``timeout``, ``retries``, ``default_task_seconds``.  They have
-        precedence over Dask's configuration, which is read anew at each run.
+        ``compression``, ``plan``, ``memory``, ``timeout``, ``retries``,
+        ``default_task_seconds``.  They have precedence over Dask's configuration, which is read
+        anew at each run.
 
     Raises
     ------
@@ -125,7 +128,7 @@ class LambdaScheduler:
         retries : int, optional
             How often to run a task again that raises, times out or runs out of memory; an
             annotation ``retries`` of the task has precedence.
-        inline_bytes, plan : optional
+        inline_bytes, compression, plan : optional
             The settings of these names, for this call.
         callbacks : optional
             Dask callbacks for this call.
@@ -267,6 +270,7 @@ class LambdaScheduler:
             run = engine.start(
                 plan,
                 inline_bytes=settings.inline_bytes,
+                compression=settings.compression,
                 keep_results=persist,
                 watch=bool(callbacks),
                 watch_values=callbacks.wants_values,
@@ -303,10 +307,10 @@ class LambdaScheduler:
             match run.events.get():
                 case TaskStarted(key):
                     callbacks.task_started(key)
-                case TaskFinished(key, data):
+                case TaskFinished(key, sealed):
                     value = None
-                    if data is not None and callbacks.wants_values:
-                        value = codec.loads(data, run.secret, run.object_name(key))
+                    if sealed is not None and callbacks.wants_values:
+                        value = codec.loads(*sealed)
                     callbacks.task_finished(key, value)
                 case RunSucceeded():
                     return

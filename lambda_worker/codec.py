@@ -1,4 +1,4 @@
-"""Values to sealed bytes and back.  May import: :mod:`lambda_worker.errors`, cloudpickle.
+"""Values to sealed bytes and back.  May import: protocol, errors, cloudpickle, late: zstandard.
 
 A value is pickled with protocol 5; large contiguous buffers (arrays, Arrow tables, bytearrays)
 leave the pickle stream and become frames of their own.  The frames are laid out behind a small
@@ -8,8 +8,11 @@ is a view of the bytes that were downloaded::
     tag       32 bytes   HMAC-SHA256 of all that follows, under a key bound to the object's name
     magic      4 bytes   b"DLv1"
     count      4 bytes   number of frames, little endian
-    lengths  8*n bytes   little endian; the highest bit says that the buffer was writable
+    lengths  8*n bytes   little endian; the highest bit says that the buffer was writable, the
+                         next one that the frame is compressed
     frames               frame 0 is the pickle stream, the others its out-of-band buffers
+
+A compressed frame is its length before (8 bytes, little endian), and a frame of Zstandard.
 
 The tag comes first and is checked first: nothing is parsed, let alone unpickled, before it
 verifies.  The key of the tag is ``HMAC(secret, name)``: an object with a valid tag that was
@@ -19,6 +22,7 @@ copied to another name, or comes from another run, is refused as well.
 from __future__ import annotations
 
 import hmac
+import mmap
 import pickle
 import struct
 from collections.abc import Callable, Sequence
@@ -27,7 +31,8 @@ from typing import Any
 
 import cloudpickle
 
-from lambda_worker.errors import IntegrityError
+from lambda_worker.errors import IntegrityError, UnserializableError
+from lambda_worker.protocol import Compression
 
 Buffer = bytes | bytearray | memoryview
 
@@ -39,7 +44,16 @@ MIN_FRAME_BYTES = 1024
 #: OpenSSL's HMAC in one call takes a C int of bytes; in several steps it takes any number.
 MAX_ONE_SHOT_BYTES = 2**31 - 1
 _HEADER = struct.Struct("<4sI")
+_LENGTH = struct.Struct("<Q")
 _WRITABLE = 1 << 63
+_COMPRESSED = 1 << 62
+#: Smaller frames are not compressed: S3 takes longer to answer than to move them.
+MIN_COMPRESS_BYTES = 256 * 1024
+#: A frame is compressed if that leaves at most so much of it, and of some pieces of it first.
+MAX_RATIO = 0.9
+#: zstd's level 1, one core: 450 to 7,000 MB/s (benchmarks/compression.py); higher ones gain little.
+ZSTD_LEVEL = 1
+SAMPLES, SAMPLE_BYTES = 4, 64 * 1024
 _NO_TAG = bytes(TAG_BYTES)
 _PADDING = bytes(ALIGNMENT)
 
@@ -91,16 +105,28 @@ def sealed_size(frames: Sequence[memoryview]) -> int:
     return size
 
 
-def lay_out(frames: Sequence[memoryview]) -> bytearray:
-    """Copy frames behind a header, with room for the tag, which :func:`sign` puts in."""
-    lengths = [f.nbytes | (0 if f.readonly else _WRITABLE) for f in frames]
+def lay_out(frames: Sequence[memoryview], compression: Compression = "none") -> bytearray:
+    """Copy frames behind a header, with room for the tag, which :func:`sign` puts in.
+
+    Raises
+    ------
+    UnserializableError
+        If the package that compresses is not installed.
+    """
+    lengths = []
+    stored: list[Sequence[bytes | memoryview]] = []
+    for frame in frames:
+        packed = None if compression == "none" else _compressed(frame)
+        flags = (0 if frame.readonly else _WRITABLE) | (_COMPRESSED if packed else 0)
+        stored.append(packed or [frame])
+        lengths.append(sum(memoryview(part).nbytes for part in stored[-1]) | flags)
     header = _HEADER.pack(MAGIC, len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths)
     parts: list[bytes | memoryview] = [_NO_TAG, header]
     offset = TAG_BYTES + len(header)
-    for frame in frames:
+    for each, length in zip(stored, lengths, strict=True):
         parts.append(_PADDING[: -offset % ALIGNMENT])
-        parts.append(frame)
-        offset = _aligned(offset) + frame.nbytes
+        parts.extend(each)
+        offset = _aligned(offset) + (length & ~(_WRITABLE | _COMPRESSED))
     return bytearray().join(parts)
 
 
@@ -110,9 +136,11 @@ def sign(sealed: bytearray, secret: bytes, name: str) -> None:
         sealed[:TAG_BYTES] = _tag(view[TAG_BYTES:], secret, name)
 
 
-def seal(frames: Sequence[memoryview], secret: bytes, name: str) -> bytearray:
+def seal(
+    frames: Sequence[memoryview], secret: bytes, name: str, compression: Compression = "none"
+) -> bytearray:
     """Lay frames out behind a header and tag them for one object name."""
-    sealed = lay_out(frames)
+    sealed = lay_out(frames, compression)
     sign(sealed, secret, name)
     return sealed
 
@@ -135,8 +163,8 @@ def verify(sealed: Any, secret: bytes, name: str) -> None:
         )
 
 
-def open_verified(sealed: Any, name: str) -> list[memoryview]:
-    """Return the frames of a sealed object that :func:`verify` has accepted.
+def frames_of(sealed: Any, name: str) -> list[memoryview]:
+    """Return the frames of a sealed object that :func:`verify` has accepted, decompressed.
 
     Parameters
     ----------
@@ -154,22 +182,32 @@ def open_verified(sealed: Any, name: str) -> list[memoryview]:
     offset += 8 * count
     frames = []
     for length in lengths:
-        writable, length = bool(length & _WRITABLE), length & ~_WRITABLE
+        writable, compressed = length & _WRITABLE, length & _COMPRESSED
+        length &= ~(_WRITABLE | _COMPRESSED)
         offset = _aligned(offset)
         frame = data[offset : offset + length]
+        if compressed:
+            frame = _decompressed(frame, name)
         if not writable:
             frame = frame.toreadonly()
         elif frame.readonly:
             frame = memoryview(bytearray(frame))
         frames.append(frame)
         offset += length
-    if frames[0].obj is data.obj and any(frame.obj is not data.obj for frame in frames):
+    if frames and frames[0].obj is data.obj and any(f.obj is not data.obj for f in frames):
         frames[0] = memoryview(bytes(frames[0]))  # so that it does not keep all of data alive
     return frames
 
 
+def is_compressed(sealed: Any) -> bool:
+    """Whether :func:`frames_of` would make more of a verified object than there is."""
+    count = _HEADER.unpack_from(sealed, TAG_BYTES)[1]
+    lengths = struct.unpack_from(f"<{count}Q", sealed, TAG_BYTES + _HEADER.size)
+    return any(length & _COMPRESSED for length in lengths)
+
+
 def unseal(sealed: Any, secret: bytes, name: str) -> list[memoryview]:
-    """Verify a sealed object and return its frames; see :func:`open_verified`.
+    """Verify a sealed object and return its frames; see :func:`frames_of`.
 
     Raises
     ------
@@ -177,7 +215,7 @@ def unseal(sealed: Any, secret: bytes, name: str) -> list[memoryview]:
         If the tag does not belong to these bytes, this secret and this name.
     """
     verify(sealed, secret, name)
-    return open_verified(sealed, name)
+    return frames_of(sealed, name)
 
 
 def dumps(value: object, secret: bytes, name: str) -> bytearray:
@@ -199,3 +237,57 @@ def _tag(body: memoryview, secret: bytes, name: str) -> bytes:
     if body.nbytes <= MAX_ONE_SHOT_BYTES:
         return hmac.digest(key, body, "sha256")
     return hmac.new(key, body, "sha256").digest()
+
+
+# ---------------------------------------------------------------------------------------------
+# compression
+# ---------------------------------------------------------------------------------------------
+
+
+def allocate(size: int) -> Any:
+    """Return a writable buffer of zeros, whose pages cost nothing before they are written to."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UnserializableError(
+            "data is to be compressed with zstd, or was, but the package 'zstandard' is not "
+            "installed here: install it on the client and for the Lambda function, or set "
+            "dask-lambda.compression to 'none'"
+        ) from error
+    return zstandard
+
+
+def _compressed(frame: memoryview) -> list[bytes] | None:
+    """Return the stored form of a frame, if it is worth it."""
+    size = frame.nbytes
+    if size < MIN_COMPRESS_BYTES:
+        return None
+    compressor = _zstandard().ZstdCompressor(level=ZSTD_LEVEL)
+    step = (size - SAMPLE_BYTES) // (SAMPLES - 1)
+    sample = b"".join(frame[i * step : i * step + SAMPLE_BYTES] for i in range(SAMPLES))
+    if len(compressor.compress(sample)) > MAX_RATIO * len(sample):
+        return None
+    packed = compressor.compress(frame)
+    return [_LENGTH.pack(size), packed] if len(packed) <= MAX_RATIO * size else None
+
+
+def _decompressed(stored: memoryview, name: str) -> memoryview:
+    """Decompress a frame into a buffer of the length that is stored with it, never more."""
+    zstandard = _zstandard()
+    (size,) = _LENGTH.unpack_from(stored)
+    buffer = memoryview(allocate(size))
+    reader = zstandard.ZstdDecompressor().stream_reader(stored[_LENGTH.size :])
+    filled = 0
+    try:
+        while filled < size and (read := reader.readinto(buffer[filled:])):
+            filled += read
+        complete = filled == size and not reader.read(1)
+    except zstandard.ZstdError:
+        complete = False
+    if not complete:
+        raise IntegrityError(f"object {name!r}: a compressed frame is not {size} bytes long")
+    return buffer

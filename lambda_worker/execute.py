@@ -14,11 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import dask._task_spec  # noqa: F401  tasks are unpickled into it: load it at the cold start
+from dask._task_spec import Alias  # tasks are unpickled into it: loaded at the cold start
 from dask.utils import key_split
 
 from lambda_worker.folds import RunningSum, find_folds, replace_fold
 from lambda_worker.protocol import Body, Key
+
+#: What is told of a group's tasks stays small, whatever their keys are.
+MAX_PREFIXES, MAX_PREFIX = 50, 100
+OTHERS = "..."
 
 
 class TaskError(Exception):
@@ -126,7 +130,7 @@ class GroupRun:
     def _run(self, task: Any) -> Iterator[Output]:
         key = task.key
         self._prepare(task)
-        with self._measured(key) as record:
+        with self._measured(key, counted=not isinstance(task, Alias)) as record:
             for name in task.dependencies:
                 if name in self._sums:
                     self.values[name] = self._sums.pop(name).running
@@ -168,9 +172,9 @@ class GroupRun:
                 self.values.pop(name, None)
 
     @contextmanager
-    def _measured(self, key: Key) -> Iterator[list[Any]]:
+    def _measured(self, key: Key, counted: bool = True) -> Iterator[list[Any]]:
         """Count the time as that of one task, and tell whose exception it was."""
-        record = self.tasks.setdefault(key_split(key), [0, 0.0, 0])
+        record = self._record(key) if counted else [0, 0.0, 0]
         started = time.perf_counter()
         try:
             yield record
@@ -180,6 +184,13 @@ class GroupRun:
             seconds = time.perf_counter() - started
             self.seconds += seconds
             record[1] += seconds
+
+    def _record(self, key: Key) -> list[Any]:
+        """Return what is counted for the prefix of a key, which is to be text for a reply."""
+        prefix = key_split(key)[:MAX_PREFIX].encode("utf-8", "backslashreplace").decode()
+        if prefix not in self.tasks and len(self.tasks) >= MAX_PREFIXES:
+            prefix = OTHERS
+        return self.tasks.setdefault(prefix, [0, 0.0, 0])
 
     # -- sums ------------------------------------------------------------------------------------
 

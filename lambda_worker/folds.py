@@ -74,6 +74,11 @@ def split_fold(task: Task, fold: Fold, prefix_key: Key, count: int) -> tuple[Tas
     prefix, task : Task
         The new task; and the old one with the new one's value in place of these terms.  Its
         result has the same bits as before.
+
+    Notes
+    -----
+    There is one exception: from Python 3.12 on the builtin ``sum`` adds Python's own floats, not
+    NumPy's, with a compensation for rounding that a partial sum does not hand on.
     """
     if not 1 <= count <= len(fold.terms):
         raise ValueError(f"{count} of {len(fold.terms)} terms of a sum cannot be split off")

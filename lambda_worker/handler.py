@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +23,7 @@ from typing import Any
 
 from lambda_worker import codec, protocol
 from lambda_worker.cache import Cache
+from lambda_worker.commit import commit
 from lambda_worker.errors import IntegrityError, StoreError, UnserializableError
 from lambda_worker.execute import GroupRun, Output, TaskError
 from lambda_worker.memory import share_out
@@ -38,6 +39,9 @@ UPLOAD_THREADS = 8
 #: A pickled exception above this size is replaced by its text.
 MAX_EXCEPTION_BYTES = 200_000
 MAX_TEXT = 20_000
+
+
+Frames = Callable[[], list[memoryview]]
 
 
 class Environment:
@@ -74,13 +78,14 @@ class Served:
 
     def __init__(self, group: GroupRequest):
         self.group = group
-        self.outputs: list[dict[str, Any] | Future[dict[str, Any]]] = []
+        self.outputs: list[Value | Future[Value] | None] = [None] * len(group.outputs)
+        self.left: set[str] = set()  # objects in the bucket of which no value tells
         self.run: GroupRun | None = None
         self.wait = 0.0
         self.error: dict[str, Any] | None = None
         values = [group.body, *(value for _, value in group.frames), *group.inputs]
         self.values = values
-        self.slots: list[Slot[list[memoryview]] | None] = [None] * len(values)
+        self.slots: list[Slot[Frames] | None] = [None] * len(values)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -93,21 +98,29 @@ class Served:
 
     def record(self) -> dict[str, Any]:
         """Describe the group in the reply, when its last output is committed."""
-        outputs: list[Any] = []
+        values = []
         for output in self.outputs:
             try:
-                outputs.append(output.result() if isinstance(output, Future) else output)
-            except (StoreError, IntegrityError) as error:
+                value = output.result() if isinstance(output, Future) else output
+            except (StoreError, IntegrityError, UnserializableError) as error:
                 self.error = self.error or _record(error)
+            else:
+                values.append(value)
+        record: dict[str, Any]
         if self.error is not None:
-            return {"error": self.error}
-        assert self.run is not None
-        return {
-            "outputs": outputs,
-            "seconds": self.run.seconds,
-            "wait": self.wait,
-            "tasks": self.run.tasks,
-        }
+            record = {"error": self.error}
+            self.left.update(value.name for value in values if value and value.data is None)
+        else:
+            assert self.run is not None
+            record = {
+                "outputs": [value.to_json() for value in values if value],
+                "seconds": self.run.seconds,
+                "wait": self.wait,
+                "tasks": self.run.tasks,
+            }
+        if self.left:
+            record["left"] = sorted(self.left)
+        return record
 
 
 class Invocation:
@@ -118,12 +131,10 @@ class Invocation:
         self.store = environment.store(request.bucket)
         self.inline_left = protocol.MAX_INLINE_TOTAL_BYTES
         self._locks: dict[str, threading.Lock] = {}
-        self._inputs: Prefetcher[list[memoryview]] = Prefetcher(
+        self._inputs: Prefetcher[Frames] = Prefetcher(
             environment.fetching, environment.shares.prefetch
         )
-        self._uploads: Uploads[dict[str, Any]] = Uploads(
-            environment.uploading, environment.shares.uploads
-        )
+        self._uploads: Uploads[Value] = Uploads(environment.uploading, environment.shares.uploads)
         for run in request.secrets:
             protocol.resolvers[run] = self.resolve
 
@@ -145,7 +156,9 @@ class Invocation:
         return [each.record() for each in served]
 
     def close(self) -> None:
-        """Wait for what still runs in the background."""
+        """Wait for what still runs in the background; forget the secrets."""
+        for run in self.request.secrets:
+            protocol.resolvers.pop(run, None)
         self._inputs.close()
         self._uploads.close()
 
@@ -161,20 +174,37 @@ class Invocation:
 
     def fetch(self, value: Value) -> list[memoryview]:
         """Return the verified frames of a value, wherever it is: a copy for this reader alone."""
-        name = value.name
+        return codec.frames_of(self._verified(value), value.name)
+
+    def fetch_ahead(self, value: Value) -> Frames:
+        """Begin to :meth:`fetch`; return a function that ends it.
+
+        What is compressed stays so until then: it may be very much larger afterwards, and the
+        budget of what is fetched ahead knows its size in S3.
+        """
+        data = self._verified(value)
+        if codec.is_compressed(data):
+            return partial(codec.frames_of, data, value.name)
+        frames = codec.frames_of(data, value.name)
+        return lambda: frames
+
+    def _verified(self, value: Value) -> Any:
+        """Return a value sealed and verified; read-only if somebody else has it as well."""
+        name, data = value.name, value.data
         secret = self.secret(name)
-        if value.data is not None:
-            return codec.unseal(value.data, secret, name)
-        if not value.shared:
-            return codec.unseal(self.store.get(name, value.size), secret, name)
-        # Two readers do not download it twice.
-        with self._locks.setdefault(name, threading.Lock()):
-            kept = environment.cache.get(name)
-            data = self.store.get(name, value.size) if kept is None else kept
-            codec.verify(data, secret, name)
-            if kept is not None or environment.cache.put(name, data):
-                data = memoryview(data).toreadonly()  # it stays as it is: readers get copies
-        return codec.open_verified(data, name)
+        if data is None and value.shared:
+            # Two readers do not download it twice.
+            with self._locks.setdefault(name, threading.Lock()):
+                kept = environment.cache.get(name)
+                data = self.store.get(name, value.size) if kept is None else kept
+                codec.verify(data, secret, name)
+                if kept is not None or environment.cache.put(name, data):
+                    return memoryview(data).toreadonly()
+                return data
+        if data is None:
+            data = self.store.get(name, value.size)
+        codec.verify(data, secret, name)
+        return data
 
     def resolve(self, reference: Reference) -> Any:
         """Load a reference inside a task."""
@@ -190,15 +220,16 @@ class Invocation:
             for place, value in enumerate(each.values):
                 if value.data is None:
                     value.shared = value.shared or readers[value.name] > 1
-                    each.slots[place] = Slot(value.size, partial(self.fetch, value))
+                    each.slots[place] = Slot(value.size, partial(self.fetch_ahead, value))
         self._inputs.add(slot for each in served for slot in each.slots if slot)
 
     def _take(self, served: Served, place: int) -> list[memoryview]:
         slot = served.slots[place]
+        if slot is None:
+            return self.fetch(served.values[place])
         with served.waiting():
-            if slot is None:
-                return self.fetch(served.values[place])
-            return self._inputs.take(slot)
+            frames = self._inputs.take(slot)
+        return frames()
 
     # -- one group -------------------------------------------------------------------------------
 
@@ -206,7 +237,6 @@ class Invocation:
         """Run one group: load, execute, begin to commit."""
         group = served.group
         body = self._load_body(served)
-        served.outputs = [{} for _ in body.outputs]
         keys = body.outputs
         first = 1 + len(group.frames)
         places = {n: first + s for n, s in zip(body.inputs, body.sources, strict=True)}
@@ -235,7 +265,7 @@ class Invocation:
         try:
             for output in run.outputs():
                 served.outputs[output.place] = self._commit(
-                    keys[output.place], group.outputs[output.place], output
+                    keys[output.place], group.outputs[output.place], output, served.left
                 )
         except TaskError as error:
             if isinstance(error.__cause__, StoreError | IntegrityError):
@@ -252,8 +282,8 @@ class Invocation:
         except BaseException as error:
             raise self._exception(group, None, error, "unpickling the task: ") from error
 
-    def _commit(self, key: Key, name: str, output: Output) -> Any:
-        """Send a result back, or begin to upload it: then its record is in a future.
+    def _commit(self, key: Key, name: str, output: Output, left: set[str]) -> Any:
+        """Send a result back, or begin to upload it: then the value is in a future.
 
         A copy is made now.  The value may be dropped at once, and whatever later tasks do to it
         or to an array that shares its memory does not change what is uploaded.
@@ -273,14 +303,18 @@ class Invocation:
         secret = self.request.secrets[self.request.run]
         if size <= self.request.inline_bytes and size <= self.inline_left:
             self.inline_left -= size
-            return Value(name, size, codec.seal(frames, secret, name)).to_json()
+            return Value(name, size, codec.seal(frames, secret, name))
         self._uploads.make_room(size)
-        sealed = codec.lay_out(frames)
-        return self._uploads.start(size, partial(self._upload, name, sealed, secret))
+        upload = partial(self._upload, [codec.lay_out(frames)], name, secret, left)
+        return self._uploads.start(size, upload)
 
-    def _upload(self, name: str, sealed: bytearray, secret: bytes) -> dict[str, Any]:
-        codec.sign(sealed, secret, name)
-        return Value(name, self.store.put_new(name, sealed)).to_json()
+    def _upload(self, copy: list[bytearray], name: str, secret: bytes, left: set[str]) -> Value:
+        laid_out = copy.pop()
+        if self.request.compression != "none":
+            frames = codec.frames_of(laid_out, name)
+            laid_out = codec.lay_out(frames, self.request.compression)
+            del frames
+        return commit(self.store, name, laid_out, secret, left)
 
     def _exception(
         self, group: GroupRequest, key: Any, error: BaseException | None, doing: str = ""

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, wait
 from functools import partial
+from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -26,11 +27,12 @@ class Slot(Generic[T]):
     fetch : callable
     """
 
-    __slots__ = ("fetch", "future", "size")
+    __slots__ = ("fetch", "future", "size", "waiting")
 
     def __init__(self, size: int, fetch: Callable[[], T]):
         self.size = size
         self.fetch = fetch
+        self.waiting = True
         self.future: Future[T] | None = None  # set when its turn has come
 
 
@@ -61,18 +63,19 @@ class Prefetcher(Generic[T]):
     def put_first(self, slots: Sequence[Slot[T]]) -> None:
         """Fetch these slots, as far as they wait, before all others, in this order."""
         with self._lock:
-            first = set(slots)
-            waiting = first.intersection(self._waiting)
-            others = [slot for slot in self._waiting if slot not in waiting]
-            self._waiting = deque([slot for slot in slots if slot in waiting] + others)
-            self._fill()
+            first = [slot for slot in slots if slot.waiting]
+            if first != list(islice(self._waiting, len(first))):
+                moved = set(first)
+                others = (slot for slot in self._waiting if slot not in moved)
+                self._waiting = deque([*first, *others])
 
     def take(self, slot: Slot[T]) -> T:
         """Return what a slot holds; fetch it in this thread if nobody has begun to."""
         with self._lock:
             future, slot.future = slot.future, None
-            if future is None:
+            if slot.waiting:
                 self._waiting.remove(slot)
+                slot.waiting = False
         if future is None:
             return slot.fetch()
         try:
@@ -84,10 +87,11 @@ class Prefetcher(Generic[T]):
         """Do not fetch these slots, as far as they were not taken; forget what was fetched."""
         dropped = set(slots)
         with self._lock:
-            self._waiting = deque(slot for slot in self._waiting if slot not in dropped)
+            if any(slot.waiting for slot in dropped):
+                self._waiting = deque(slot for slot in self._waiting if slot not in dropped)
             started = [(slot, slot.future) for slot in dropped if slot.future is not None]
-            for slot, _ in started:
-                slot.future = None
+            for slot in dropped:
+                slot.waiting, slot.future = False, None
         for slot, future in started:
             assert future is not None
             future.cancel()
@@ -114,6 +118,7 @@ class Prefetcher(Generic[T]):
             if self.held and self.held + slot.size > self._limit:
                 return
             self._waiting.popleft()
+            slot.waiting = False
             self.held += slot.size
             slot.future = self._pool.submit(slot.fetch)
             self._flying.add(slot.future)

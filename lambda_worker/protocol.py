@@ -13,11 +13,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import platform
+import secrets
 import threading
 import zlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import dask
 
@@ -35,6 +36,7 @@ MAX_INLINE_TOTAL_BYTES = 4_400_000
 #: (3,500 PUT and 5,500 GET a second for each partitioned prefix).
 SHARD_DIGITS = 1
 
+Compression = Literal["none", "zstd"]
 Key = Hashable  # Dask: str, bytes, int, float or a tuple of them
 
 
@@ -157,6 +159,7 @@ class Request:
     bucket: str
     inline_bytes: int  #: outputs up to this size come back in the reply
     groups: list[GroupRequest] | Value  #: a value: their sealed JSON, where it is too long
+    compression: Compression = "none"  #: of the outputs that go to S3
 
     def to_json(self) -> dict[str, Any]:
         """Build the event of the Invoke."""
@@ -168,6 +171,7 @@ class Request:
             "secrets": {run: base64.b64encode(s).decode() for run, s in self.secrets.items()},
             "bucket": self.bucket,
             "inline_bytes": self.inline_bytes,
+            "compression": self.compression,
             "groups": (
                 groups.to_json() if isinstance(groups, Value) else [g.to_json() for g in groups]
             ),
@@ -182,6 +186,7 @@ class Request:
             secrets={run: base64.b64decode(s) for run, s in event["secrets"].items()},
             bucket=event["bucket"],
             inline_bytes=event["inline_bytes"],
+            compression=event["compression"],
             groups=(
                 Value.from_json(groups)
                 if isinstance(groups, dict)
@@ -226,7 +231,7 @@ def shards() -> list[str]:
 
 def run_of(name: str) -> str:
     """Return the run to which an object belongs."""
-    return name.rsplit("/", 2)[1]
+    return objects_of(name)[-1].rsplit("/", 2)[1]
 
 
 def key_label(key: Key) -> str:
@@ -234,6 +239,32 @@ def key_label(key: Key) -> str:
     return hashlib.blake2b(
         repr(key).encode("utf-8", "backslashreplace"), digest_size=16
     ).hexdigest()
+
+
+def attempt_name(output: str) -> str:
+    """Return a name of its own for one attempt to write a large output.
+
+    S3 cannot write an object in parts and refuse it if it exists.  So a large output is written
+    under such a name, and then committed by a small object under the output's own name, which
+    points to it.  All attempts are in one folder, where what a lost one has left can be found.
+    """
+    return f"{attempts_folder(output)}/{secrets.token_hex(8)}"
+
+
+def attempts_folder(output: str) -> str:
+    """Return the folder of all attempts at a large output."""
+    return output + "~"
+
+
+def pointer_name(output: str) -> str:
+    """Return the name to which the tag of a pointer to a large output is bound."""
+    return output + "#pointer"
+
+
+def objects_of(name: str) -> list[str]:
+    """Return the objects that a value consists of: itself, and the pointer to it if it is large."""
+    folder = name.rpartition("/")[0]
+    return [name, folder[:-1]] if folder.endswith("~") else [name]
 
 
 def error_name(output: str) -> str:

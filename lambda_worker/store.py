@@ -1,4 +1,6 @@
-"""S3 objects by name, counted.  May import: :mod:`lambda_worker.errors`, obstore.
+"""S3 objects by name, counted.  May import: codec, protocol, errors, obstore.
+
+Large objects travel in parts, several at a time.
 
 obstore retries 5xx answers (503 SlowDown among them) and broken connections by itself, with
 jittered exponential backoff; what still fails is a :class:`StoreError` that says whether another
@@ -7,9 +9,12 @@ try makes sense.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,13 +30,18 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
-from lambda_worker.errors import StoreError, StoreErrorKind
+from lambda_worker import codec, protocol
+from lambda_worker.errors import IntegrityError, StoreError, StoreErrorKind
 
 #: A whole object of 10 GB at 75 MB/s, the sustained bandwidth of one Lambda, takes 133 s.
 REQUEST_TIMEOUT = timedelta(seconds=300)
 CONNECT_TIMEOUT = timedelta(seconds=10)
 #: A conditional PUT that meets another one in flight (409) is tried again this often.
 CONFLICT_ATTEMPTS = 5
+#: Parts of large objects that a :class:`Store` reads at the same time, and that one upload sends.
+#: One connection to S3 carries some 50 to 90 MB/s, the network of a Lambda at first 350 MB/s.
+RANGES_AT_ONCE = 8
+PARTS_AT_ONCE = 4
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _DENIALS = (PermissionDeniedError, UnauthenticatedError)
@@ -58,6 +68,24 @@ class Counts:
         for name in self.__slots__:
             setattr(self, name, 0)
         return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """From which size on objects travel in parts, and how large these are, in bytes.
+
+    S3 takes up to 5 GB in one PUT, parts of 5 MiB or more (the last one excepted), and 10,000
+    of them.
+    """
+
+    read_above: int = 8 * 2**20
+    read: int = 8 * 2**20
+    write_above: int = 64 * 2**20
+    write: int = 16 * 2**20
+
+    def ranges(self, size: int) -> list[tuple[int, int]]:
+        """Return begin and end of each part in which an object is read."""
+        return [(i, min(i + self.read, size)) for i in range(0, size, self.read)]
 
 
 def open_bucket(
@@ -114,40 +142,123 @@ class Store:
     ----------
     bucket : obstore.store.ObjectStore
         What :func:`open_bucket` returned.
+    parts : Parts
 
     Notes
     -----
-    The worker uses the synchronous methods, the client the ``_async`` ones.
+    The worker uses the synchronous methods, from any thread, the client the ``_async`` ones.
     """
 
-    def __init__(self, bucket: Any):
+    def __init__(self, bucket: Any, parts: Parts | None = None):
         self.bucket = bucket
+        self.parts = parts or Parts()
         self.counts = Counts()
+        self._lock = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
+        self._ranges_at_once = asyncio.Semaphore(RANGES_AT_ONCE)
+
+    # -- reading ---------------------------------------------------------------------------------
 
     def get(self, name: str, size: int) -> Any:
-        """Return an object's bytes, of which there are ``size``, as a read-only buffer."""
-        with _translated("s3:GetObject", name):
-            data = obstore.get_range(self.bucket, name, start=0, length=size)
-        return self._got(data)
+        """Return an object's bytes, of which there are ``size``.
+
+        Small objects are read-only; large ones, read in parts, are a writable buffer that
+        belongs to the caller.
+        """
+        if size <= self.parts.read_above:
+            return self._get(name, 0, size)
+        buffer = codec.allocate(size)
+
+        def get(part: tuple[int, int]) -> None:
+            _fill(buffer, name, *part, self._get(name, *part))
+
+        parts = [self._pool().submit(get, part) for part in self.parts.ranges(size)]
+        try:
+            for done in parts:
+                done.result()
+        finally:
+            for done in parts:
+                done.cancel()
+            wait(parts)
+        return buffer
 
     async def get_async(self, name: str, size: int) -> Any:
-        """Return an object's bytes, of which there are ``size``, as a read-only buffer."""
-        with _translated("s3:GetObject", name):  # one step, where get and bytes would be two
-            data = await obstore.get_range_async(self.bucket, name, start=0, length=size)
-        return self._got(data)
+        """Return an object's bytes; see :meth:`get`."""
+        if size <= self.parts.read_above:
+            return await self._get_async(name, 0, size)
+        buffer = codec.allocate(size)
 
-    def _got(self, data: Any) -> Any:
-        self.counts.gets += 1
-        self.counts.bytes_read += len(data)
+        async def get(part: tuple[int, int]) -> None:
+            async with self._ranges_at_once:
+                _fill(buffer, name, *part, await self._get_async(name, *part))
+
+        parts = [asyncio.ensure_future(get(part)) for part in self.parts.ranges(size)]
+        try:
+            await asyncio.gather(*parts)
+        finally:
+            for done in parts:
+                done.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+        return buffer
+
+    def _get(self, name: str, start: int, end: int) -> Any:
+        with _translated("s3:GetObject", name):
+            data = obstore.get_range(self.bucket, name, start=start, end=end)
+        self._count(gets=1, bytes_read=len(data))
         return data
 
-    def put_new(self, name: str, data: bytes | bytearray) -> int:
+    async def _get_async(self, name: str, start: int, end: int) -> Any:
+        with _translated("s3:GetObject", name):  # one step, where get and bytes would be two
+            data = await obstore.get_range_async(self.bucket, name, start=start, end=end)
+        self._count(gets=1, bytes_read=len(data))
+        return data
+
+    def _pool(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(RANGES_AT_ONCE, "range")
+            return self._threads
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def is_large(self, size: int) -> bool:
+        """Whether an object of this size is written in parts, and so unconditionally."""
+        return size > self.parts.write_above
+
+    def put(self, name: str, data: bytes | bytearray) -> None:
+        """Write an object in parts, whatever was there before."""
+        with _translated("s3:PutObject", name):
+            obstore.put(self.bucket, name, data, **self._in_parts())
+        self._count_parts(len(data))
+
+    async def put_async(self, name: str, data: bytes | bytearray) -> None:
+        """Write an object of which nobody else could write another version."""
+        if not self.is_large(len(data)):
+            await self.put_new_async(name, data)
+            return
+        with _translated("s3:PutObject", name):
+            await obstore.put_async(self.bucket, name, data, **self._in_parts())
+        self._count_parts(len(data))
+
+    def _in_parts(self) -> dict[str, Any]:
+        # When one fails, obstore aborts the upload.
+        return {
+            "use_multipart": True,
+            "chunk_size": self.parts.write,
+            "max_concurrency": PARTS_AT_ONCE,
+        }
+
+    def _count_parts(self, size: int) -> None:
+        parts = -(-size // self.parts.write)
+        self._count(puts=parts + 2, bytes_written=size)  # with create and complete
+
+    def put_new(self, name: str, data: bytes | bytearray) -> int | None:
         """Commit an object unless it exists already (``If-None-Match: *``): first wins.
 
         Returns
         -------
-        int
-            Size of the object that is there now: this one, or the one that came first.
+        int or None
+            None if it is there now; the size of the object that came first, if one did.
         """
         for _ in range(CONFLICT_ATTEMPTS):
             try:
@@ -161,12 +272,13 @@ class Store:
                     if error.kind != "missing":
                         raise
                     continue
-                self.counts.gets += 1
+                self._count(gets=1)
                 return size
-            return self._put(data)
+            self._count(puts=1, bytes_written=len(data))
+            return None
         raise StoreError("transient", f"s3:PutObject {name}: conflicting writes went on")
 
-    async def put_new_async(self, name: str, data: bytes | bytearray) -> int:
+    async def put_new_async(self, name: str, data: bytes | bytearray) -> int | None:
         """Commit an object unless it exists already; see :meth:`put_new`."""
         for _ in range(CONFLICT_ATTEMPTS):
             try:
@@ -182,40 +294,68 @@ class Store:
                     if error.kind != "missing":
                         raise
                     continue
-                self.counts.gets += 1
+                self._count(gets=1)
                 return size
-            return self._put(data)
+            self._count(puts=1, bytes_written=len(data))
+            return None
         raise StoreError("transient", f"s3:PutObject {name}: conflicting writes went on")
 
-    def _put(self, data: bytes | bytearray) -> int:
-        self.counts.puts += 1
-        self.counts.bytes_written += len(data)
-        return len(data)
+    # -- the rest --------------------------------------------------------------------------------
+
+    def delete(self, name: str) -> None:
+        """Delete one object, and nothing that points to it."""
+        with _missing_is_fine(), _translated("s3:DeleteObject", name):
+            obstore.delete(self.bucket, name)
+        self._count(deletes=1)
 
     async def delete_async(self, names: Sequence[str]) -> None:
-        """Delete objects, a thousand a request; those that are not there do not matter."""
+        """Delete objects, a thousand a request; those that are not there do not matter.
+
+        With a large output goes the pointer to it (:func:`lambda_worker.protocol.attempt_name`).
+        """
         if not names:
             return
-        try:
-            with _translated("s3:DeleteObject", names[0]):
-                await obstore.delete_async(self.bucket, list(names))
-        except StoreError as error:
-            if error.kind != "missing":
-                raise
-        self.counts.deletes += -(-len(names) // 1000)
+        names = list({n: None for name in names for n in protocol.objects_of(name)})
+        with _missing_is_fine(), _translated("s3:DeleteObject", names[0]):
+            await obstore.delete_async(self.bucket, names)
+        self._count(deletes=-(-len(names) // 1000))
+
+    def _count(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self.counts, name, getattr(self.counts, name) + amount)
 
     async def list_async(self, prefix: str) -> AsyncIterator[str]:
-        """Yield the names of all objects below a prefix."""
+        """Yield the names of all objects in a folder, at any depth."""
         stream = obstore.list(self.bucket, prefix, chunk_size=1000)
+        pages = 0
         while True:
             with _translated("s3:ListBucket", prefix):
                 try:
                     page = await stream.__anext__()
                 except StopAsyncIteration:
+                    if not pages:  # S3 was asked nevertheless
+                        self._count(lists=1)
                     return
-            self.counts.lists += 1
+            pages += 1
+            self._count(lists=1)
             for entry in page:
                 yield entry["path"]
+
+
+def _fill(buffer: Any, name: str, start: int, end: int, data: Any) -> None:
+    if len(data) != end - start:
+        raise IntegrityError(f"object {name!r} is truncated: it ends at {start + len(data)}")
+    buffer[start:end] = data
+
+
+@contextmanager
+def _missing_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except StoreError as error:
+        if error.kind != "missing":
+            raise
 
 
 @contextmanager

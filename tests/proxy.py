@@ -49,9 +49,9 @@ def s3_error(status: int, code: str, message: str = "") -> Answer:
 class Proxy:
     """Forwards every request to one upstream, but for those that the plan says.
 
-    A plan gives, for one kind of request (``"invoke"``, ``"check"``, ``"put"``, ``"get"``,
-    ``"head"``, ``"list"``, ``"delete"``), what happens to the first, the second, ... of them;
-    None forwards it, as does the end of the plan.
+    A plan gives, for one kind of request (``"invoke"``, ``"check"``, ``"put"``, ``"post"``,
+    ``"get"``, ``"head"``, ``"list"``, ``"delete"``, ``"abort"`` of an upload in parts), what
+    happens to the first, the second, ... of them; None forwards it, as does the end of the plan.
 
     Attributes
     ----------
@@ -99,7 +99,7 @@ class Proxy:
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         kind = _kind(request)
         self.seen[kind] += 1
-        body = await request.read()
+        body = await request.content.read()  # of any length
         plan = self._plans.get(kind)
         action = plan.pop(0) if plan else None
         if isinstance(action, Answer):
@@ -133,6 +133,8 @@ def _kind(request: web.BaseRequest) -> str:
         return "check" if dry else "invoke"
     if request.method == "POST" and "delete" in request.query:
         return "delete"
+    if request.method == "DELETE" and "uploadId" in request.query:
+        return "abort"
     if request.method == "GET" and "list-type" in request.query:
         return "list"
     return request.method.lower()

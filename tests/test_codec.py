@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lambda_worker import codec
-from lambda_worker.errors import IntegrityError
+from lambda_worker.errors import IntegrityError, UnserializableError
 
 SECRET = b"s" * 32
 NAME = "0/prefix/run/label"
@@ -364,3 +364,99 @@ def test_two_seals_of_one_value_under_two_names_differ_in_their_tag_only():
     a, b = codec.dumps([1, 2], SECRET, "a"), codec.dumps([1, 2], SECRET, "b")
     assert a[:32] != b[:32]
     assert a[32:] == b[32:]
+
+
+# -- compression ---------------------------------------------------------------------------------
+
+N = 100_000  # float64: above MIN_COMPRESS_BYTES
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros(N),
+        np.arange(2 * N).reshape(2, N),
+        {"noise": np.random.default_rng(1).random(N), "ones": np.ones(N), "small": np.ones(9)},
+        [np.zeros(N), np.ones(N), bytes(N), b"x" * 10 * N, bytearray(10 * N)],
+        [f"text {i}" for i in range(N)],  # all of it in the pickle stream
+        np.zeros(0),
+        None,
+    ],
+    ids=["zeros", "counter", "mixed", "several", "stream", "empty", "none"],
+)
+@pytest.mark.parametrize("container", [bytes, bytearray])
+def test_a_compressed_value_comes_back_as_it_was(value, container):
+    frames = codec.serialize(value)
+    sealed = codec.seal(frames, SECRET, NAME, "zstd")
+    assert_same(codec.loads(container(sealed), SECRET, NAME), value)
+    plain = codec.seal(frames, SECRET, NAME)
+    assert len(sealed) <= len(plain)
+    assert sum(f.nbytes for f in codec.unseal(sealed, SECRET, NAME)) == sum(
+        f.nbytes for f in frames
+    )
+
+
+def test_only_large_frames_that_it_shortens_are_compressed():
+    noise = np.random.default_rng(1).bytes(2**20)
+    for buffer, less in [(noise, False), (bytes(2**20), True), (bytes(2**16), False)]:
+        sealed = codec.seal([memoryview(buffer)], SECRET, NAME, "zstd")
+        assert (len(sealed) < len(buffer)) == codec.is_compressed(sealed) == less
+    half = noise + bytes(2**20)  # noise in some of the pieces that are looked at
+    assert len(codec.seal([memoryview(half)], SECRET, NAME, "zstd")) < 0.6 * len(half)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_compressed_array_may_be_written_to_exactly_if_it_could_be_before(writable):
+    x = np.zeros(N)
+    x.flags.writeable = writable
+    sealed = codec.seal(codec.serialize(x), SECRET, NAME, "zstd")
+    loaded = codec.loads(bytes(sealed), SECRET, NAME)
+    assert loaded.flags.writeable == writable
+    assert loaded.ctypes.data % codec.ALIGNMENT == 0
+
+
+def test_nothing_is_decompressed_before_the_tag_is_verified(monkeypatch):
+    sealed = codec.seal([memoryview(bytes(2**20))], SECRET, NAME, "zstd")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(UnserializableError):
+        codec.unseal(sealed, SECRET, NAME)
+    sealed[-1] ^= 1
+    refused(sealed)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1, 2**20])
+def test_a_compressed_frame_has_the_length_that_is_stored_with_it(wrong):
+    sealed = codec.seal([memoryview(bytes(2**20))], SECRET, NAME, "zstd")
+    place = sealed.index((2**20).to_bytes(8, "little"))
+    sealed[place : place + 8] = (2**20 + wrong).to_bytes(8, "little")
+    codec.sign(sealed, SECRET, NAME)
+    with pytest.raises(IntegrityError, match="compressed frame"):
+        codec.unseal(sealed, SECRET, NAME)
+
+
+def test_a_compressed_frame_that_is_none_is_refused():
+    sealed = codec.seal([memoryview(bytes(2**20))], SECRET, NAME, "zstd")
+    place = sealed.index((2**20).to_bytes(8, "little")) + 8
+    sealed[place : place + 4] = b"none"
+    codec.sign(sealed, SECRET, NAME)
+    with pytest.raises(IntegrityError, match="compressed frame"):
+        codec.unseal(sealed, SECRET, NAME)
+
+
+def test_without_the_package_it_is_said_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(UnserializableError, match="install it on the client and for the Lambda"):
+        codec.seal([memoryview(bytes(2**20))], SECRET, NAME, "zstd")
+
+
+def test_very_long_objects_are_tagged_in_steps_with_the_same_tag(monkeypatch):
+    frames = codec.serialize(np.arange(1000))
+    in_one = codec.seal(frames, SECRET, NAME)
+    monkeypatch.setattr(codec, "MAX_ONE_SHOT_BYTES", 100)
+    assert codec.seal(frames, SECRET, NAME) == in_one
+
+
+@pytest.mark.parametrize("value", [1, np.arange(5000), [np.zeros(2000), bytes(3000)], "x" * 10**6])
+def test_the_size_is_known_before_it_is_sealed(value):
+    frames = codec.serialize(value)
+    assert codec.sealed_size(frames) == len(codec.seal(frames, SECRET, NAME))

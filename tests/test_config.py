@@ -103,6 +103,8 @@ def test_environment_variables_and_files_are_read(tmp_path):
         ("inline_bytes", -1),
         ("inline_bytes", 4_000_001),
         ("inline_bytes", None),
+        ("compression", "lzma"),
+        ("compression", None),
         ("memory", 127),
         ("memory", 10_241),
         ("memory", "1 GB"),
@@ -187,3 +189,11 @@ def test_a_misspelt_name_in_dasks_configuration_is_refused():
         pytest.raises(ConfigurationError, match="'inline_byte'.*inline_bytes"),
     ):
         Settings.resolve()
+
+
+def test_compression_needs_its_package(monkeypatch):
+    assert Settings.resolve(compression="zstd").compression == "zstd"
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"dask_lambda\[compression\]"):
+        Settings.resolve(compression="zstd")
+    assert Settings.resolve().compression == "none"

@@ -156,6 +156,30 @@ def test_a_result_is_the_same_for_all_that_read_it() -> None:
         assert one == two == three
 
 
+# -- compression ---------------------------------------------------------------------------------
+
+
+def test_what_compresses_well_is_small_on_its_way() -> None:
+    x = np.zeros(MB)
+    blocks = da.from_array(x, chunks=MB // 4)  # uploaded by the client
+    y = (blocks + 1).map_blocks(np.cumsum)  # and by the workers
+    assert (y.compute(scheduler=lambda_get, compression="zstd")[:3] == [1, 2, 3]).all()
+    assert report().bytes_written < MB
+    with LambdaScheduler(compression="zstd") as scheduler:
+        literal = delayed(x)
+        assert delayed(np.sum)(literal).compute(scheduler=scheduler, optimize_graph=False) == 0
+        assert report().bytes_written < 10_000
+
+
+def test_what_does_not_compress_is_sent_as_it_is() -> None:
+    x = delayed(np.random.default_rng(1).random)(MB // 8)
+    found = delayed(np.sum)(x).compute(
+        scheduler=lambda_get, compression="zstd", optimize_graph=False
+    )
+    assert found > 0
+    assert MB <= report().bytes_written < 1.01 * MB
+
+
 # -- nothing is left -----------------------------------------------------------------------------
 
 

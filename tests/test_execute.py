@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import weakref
 from operator import add
 
 import numpy as np
 import pytest
-from dask._task_spec import Task, TaskRef
+from dask._task_spec import Alias, Task, TaskRef
 
 from lambda_worker.execute import GroupRun, TaskError
 from lambda_worker.protocol import Body
@@ -183,6 +184,23 @@ def test_tasks_are_counted_by_prefix_with_the_bytes_of_their_results():
         "output": (1, 1000),
     }
     assert run.seconds == pytest.approx(sum(seconds for _, seconds, _ in run.tasks.values()))
+
+
+def test_another_name_of_a_value_is_no_task():
+    tasks = [Task("a", inc, 1), Alias("b", "a"), Task("c", inc, TaskRef("b"))]
+    run = GroupRun(body(tasks, ["c"]), lambda *_: None)
+    assert [output.value for output in run.outputs()] == [3]
+    assert set(run.tasks) == {"a", "c"}
+
+
+def test_what_is_told_of_tasks_is_small_and_text_whatever_their_keys_are():
+    keys = [f"name{i}" for i in range(100)] + ["x" * 10_000, "\ud800", ("a", 1), b"bytes", 3.5]
+    tasks = [Task(key, inc, 0) for key in keys[::-1]]
+    run = GroupRun(body(tasks, [keys[0]]), lambda *_: None)
+    assert len(list(run.outputs())) == 1
+    assert "\\ud800" in run.tasks
+    assert len(json.dumps(run.tasks, ensure_ascii=False).encode()) < 10_000
+    assert sum(count for count, _, _ in run.tasks.values()) == len(keys)
 
 
 def test_a_result_that_lies_about_its_size_does_no_harm():

@@ -25,8 +25,8 @@ ENGINE = [
 ]
 #: The ground, likewise.
 GROUND = [
-    *("handler", "uploads", "prefetch", "execute", "folds", "store", "codec", "cache"),
-    *("memory", "protocol", "errors"),
+    *("handler", "uploads", "prefetch", "execute", "folds", "commit", "store", "codec"),
+    *("cache", "memory", "protocol", "errors"),
 ]
 PURE = [
     *("state", "splitting", "plan", "grouping", "folding", "estimates", "graph", "cost_model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from dask._task_spec import List, Task, TaskRef
 from obstore.store import LocalStore
 
 from lambda_worker import handler, protocol
+from lambda_worker.protocol import Request
 from lambda_worker.store import Store
 from tests.helpers import eventually
-from tests.test_handler import CONTEXT, Client, client, inc, name_of
+from tests.test_handler import CONTEXT, RUN, Client, client, inc, name_of
 
 __all__ = ["client"]
 
@@ -210,3 +212,18 @@ def test_a_tile_of_a_product_is_summed_up_as_dask_would(client):
         values[task.key] = task(values)
     found = client.result(*tasks, inputs={n: client.put(n, p) for n, p in panels.items()})
     assert found.tobytes() == values["tile"].tobytes()
+
+
+def test_without_the_package_that_compresses_a_group_fails_and_says_what_to_do(client, monkeypatch):
+    request = Request(
+        RUN, client.secrets, "bucket", 0, [client.group(Task("y", np.zeros, 100_000))], "zstd"
+    )
+    event = json.loads(json.dumps(request.to_json()))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "zstandard", None)
+        (said,) = handler.handler(event, CONTEXT)["groups"]
+    assert said["error"]["kind"] == "unserializable"
+    assert "package 'zstandard' is not installed" in said["error"]["message"]
+    (said,) = handler.handler(event, CONTEXT)["groups"]
+    assert said["outputs"][0]["size"] < 10_000
+    assert (client.load(said["outputs"][0]) == 0).all()

@@ -1,0 +1,69 @@
+"""Committing the outputs of tasks: the first attempt wins.  May import: store, codec, protocol.
+
+Two attempts at a task may write the same output, one of them perhaps given up long ago.  Readers
+must see one value only.  A small output is committed by one conditional PUT.  A large one is
+written under a name of this attempt's own, and committed by a small pointer to it, for which the
+same holds; who comes second deletes what it wrote and tells the name of the first.
+"""
+
+from __future__ import annotations
+
+import json
+
+from lambda_worker import codec, protocol
+from lambda_worker.errors import IntegrityError
+from lambda_worker.protocol import Value
+from lambda_worker.store import Store
+
+#: A pointer is smaller; an object of up to this size may be one.
+MAX_POINTER_BYTES = 2048
+
+
+def commit(store: Store, name: str, laid_out: bytearray, secret: bytes, left: set[str]) -> Value:
+    """Commit an output.
+
+    Parameters
+    ----------
+    store : Store
+    name : str
+        Of the output.
+    laid_out : bytearray
+        What :func:`lambda_worker.codec.lay_out` returned.  It is signed here.
+    secret : bytes
+    left : set of str
+        While an object is in the bucket, or may be, to which nothing points, its name is in here.
+
+    Returns
+    -------
+    Value
+        Where the committed output is: this one, or the one that came first.
+    """
+    size = len(laid_out)
+    if not store.is_large(size):
+        codec.sign(laid_out, secret, name)
+        other = store.put_new(name, laid_out)
+        return Value(name, size) if other is None else _first(store, name, other, secret)
+    attempt = protocol.attempt_name(name)
+    codec.sign(laid_out, secret, attempt)
+    left.add(attempt)
+    store.put(attempt, laid_out)
+    pointer = memoryview(json.dumps([attempt, size]).encode())
+    sealed = codec.seal([pointer], secret, protocol.pointer_name(name))
+    other = store.put_new(name, sealed)
+    first = Value(attempt, size) if other is None else _first(store, name, other, secret)
+    if first.name != attempt:  # else it is our own pointer, of which S3 was told twice
+        store.delete(attempt)
+    left.discard(attempt)
+    return first
+
+
+def _first(store: Store, name: str, size: int, secret: bytes) -> Value:
+    """Describe the output that was there first: an object of its own, or what one points to."""
+    if size <= MAX_POINTER_BYTES:
+        data = store.get(name, size)
+        try:
+            frames = codec.unseal(data, secret, protocol.pointer_name(name))
+        except IntegrityError:  # a small value, whose tag is bound to another name
+            return Value(name, size)
+        return Value(*json.loads(bytes(frames[0])))
+    return Value(name, size)
