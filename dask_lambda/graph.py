@@ -172,7 +172,7 @@ def _alias_target(nodes: dict[Key, GraphNode], key: Key) -> Key:
 def _under(key: Key, node: GraphNode) -> GraphNode:
     """Return a task under the key that it has in the graph: lists may have none of their own."""
     node = copy(node)
-    node.key = key
+    node.key = key  # type: ignore[assignment]
     return node
 
 
