@@ -213,9 +213,7 @@ def test_a_cholesky_decomposition_of_16_x_16_tiles_reads_and_writes_little(windo
     graph = graph_of(da.linalg.cholesky(blocks("a", 16)))
     plan = plan_of(graph, model=CostModel(window=window))
     assert len(plan.groups) <= 376
-    assert (
-        len(outputs(plan)) <= 376
-    )
+    assert len(outputs(plan)) <= 376
     assert reads(plan) <= 1735
 
 
