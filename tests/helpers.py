@@ -69,8 +69,8 @@ def check_plan(graph: Graph, plan: Plan) -> None:
     for key, places in homes.items():
         if len(places) > 1:
             assert kernel_of(tasks[key]).known, f"{key} is run twice and may be anybody's function"
-            assert key not in requested
-            assert key not in makers, f"{key} is both stored and made anew"
+            assert key in plan.repeated
+            assert key in plan.keep or key not in makers, f"{key} is stored and made anew"
     # What is needed in the end is made and kept.
     assert plan.keep <= makers.keys()
     assert plan.fetch - plan.graph.literals.keys() - plan.graph.stored.keys() == plan.keep

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dask_lambda.estimates import Estimates, guess
 from dask_lambda.graph import Graph, materialise, normalise
 from dask_lambda.kernels import Speed
 from dask_lambda.plan import Group, Plan, make_plan, topological
+from dask_lambda.splitting import split
 from tests.helpers import check_plan, graph_of, run_plan
 
 MB = 2**20
@@ -124,6 +125,19 @@ models = st.builds(
 )
 
 
+def with_some_split(plan: Plan, which: Iterable[int]) -> Plan:
+    """The same plan after some of its groups were too large."""
+    groups: list[Group] = []
+    for place, group in enumerate(plan.groups):
+        parts = split(plan.graph, plan.repeated, group) if place in which else []
+        assert parts == [] or len(parts) == 2
+        assert sorted(map(repr, group.outputs)) == sorted(
+            repr(key) for part in parts or [group] for key in part.outputs if key in group.outputs
+        )
+        groups += parts or [group]
+    return replace(plan, groups=tuple(replace(g, priority=i) for i, g in enumerate(groups)))
+
+
 @settings(
     max_examples=150,
     deadline=None,
@@ -150,6 +164,12 @@ def test_every_plan_of_any_graph_can_be_run_and_means_what_the_graph_means(data:
         assert len({alike(key) for key in group.tasks} if alike else {0}) == 1
     expected = dict(zip(wanted, dask.get(dict(dsk), wanted), strict=True))
     assert run_plan(plan) == expected
+    # What is too large is split, whichever groups are and however often.
+    while data.draw(st.booleans()) and any(len(group.tasks) > 1 for group in plan.groups):
+        which = data.draw(st.sets(st.sampled_from(range(len(plan.groups))), min_size=1))
+        plan = with_some_split(plan, which)
+        check_plan(graph, plan)
+        assert run_plan(plan) == expected
 
 
 # -- what the planner is there for ---------------------------------------------------------------
@@ -302,14 +322,14 @@ def test_random_blocks_are_made_anew_by_each_reader() -> None:
     assert all(not group.inputs for group in plan.groups)
 
 
-def test_a_requested_block_is_made_once_though_it_could_be_made_anew() -> None:
+def test_a_requested_block_is_stored_once_though_it_could_be_made_anew() -> None:
     x = da.random.default_rng(1).random((1000, 1000), chunks=(500, 500))
     graph = graph_of(x)
     keys = list(graph.outputs)
     y = Task("y", operator.neg, TaskRef(keys[0]))
     z = Task("z", operator.pos, TaskRef(keys[0]))
     plan = plan_of(normalise({**graph.source, "y": y, "z": z}, [*keys, "y", "z"]))
-    assert len(homes(plan)[keys[0]]) == 1
+    assert outputs(plan).count(keys[0]) == 1
 
 
 def test_functions_of_the_users_are_never_run_twice() -> None:

@@ -65,6 +65,7 @@ def models(draw, name: str) -> Model:
     priorities = draw(st.permutations(range(count)))
     groups: list[Group] = []
     keys: list[str] = []
+    expected = draw(st.sampled_from([[None], [0.0], [None, 0.0, 0.3, 5.0]]))
     for i in range(count):
         inputs = draw(st.lists(st.sampled_from(keys), unique=True, max_size=4)) if keys else []
         outputs = [f"{i}{letter}" for letter in "xyz"[: draw(st.integers(1, 3))]]
@@ -76,8 +77,8 @@ def models(draw, name: str) -> Model:
                 tuple(outputs),
                 priorities[i],
                 draw(st.integers(0, 2)),
-                draw(st.sampled_from(["k", "k", "l"])),
-                draw(st.sampled_from([None, None, 0.0, 0.3, 5.0])),
+                draw(st.sampled_from(["k", "k", "k", "l"])),
+                draw(st.sampled_from(expected)),
             )
         )
         keys += outputs
