@@ -10,6 +10,7 @@ aliases are mere names).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,7 @@ def normalise(nodes: dict[Key, GraphNode], keys: Any) -> Graph:
         elif (reference := _stored(node)) is not None:
             graph.stored[key] = reference
         else:
-            graph.tasks[key] = node
+            graph.tasks[key] = node if node.key == key else _under(key, node)
     return graph
 
 
@@ -166,6 +167,13 @@ def _alias_target(nodes: dict[Key, GraphNode], key: Key) -> Key:
         seen.append(node.target)
         node = nodes[node.target]
     return seen[-1]
+
+
+def _under(key: Key, node: GraphNode) -> GraphNode:
+    """Return a task under the key that it has in the graph: lists may have none of their own."""
+    node = copy(node)
+    node.key = key  # type: ignore[assignment]
+    return node
 
 
 def _stored(node: GraphNode) -> Reference | None:

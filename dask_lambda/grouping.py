@@ -136,6 +136,7 @@ class Grouping:
                     self._nbytes.append(estimates.nbytes[target])
                 if i not in deps:
                     deps.append(i)
+            deps.sort()  # a task's own order follows the hash seed
             self._deps.append(deps)
         self._readers: list[list[int]] = [[] for _ in self._nbytes]
         for i, reads in enumerate(self._deps):

@@ -271,7 +271,9 @@ def _of_function(function: Any) -> Iterator[Family]:
     if module.startswith(_UNKNOWN_MODULES):
         yield Family.UNKNOWN
     elif library in _LIBRARIES:
-        calls = name in _UNKNOWN_NAMES or name.endswith("(vectorized)")  # of numpy.frompyfunc
+        kind = type(function).__name__  # numpy.vectorize has the name of the user's function
+        calls = not _UNKNOWN_NAMES.isdisjoint((name, kind))
+        calls = calls or name.endswith("(vectorized)")  # of numpy.frompyfunc
         yield Family.UNKNOWN if calls else _FAMILIES.get(name, Family.ELEMENTWISE)
     elif module.startswith("dask.array"):
         if name in _UNKNOWN_DASK:

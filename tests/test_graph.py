@@ -246,3 +246,11 @@ def test_what_dask_puts_at_the_end_of_a_collection_is_a_finaliser(collection):
     inner = graph.tasks.keys() - {graph.resolve(output)}
     assert inner
     assert not any(is_finaliser(graph.tasks[key]) for key in inner)
+
+
+def test_a_task_without_a_key_of_its_own_has_the_one_of_the_graph():
+    nodes = {"x": Task("x", abs, 1), "l": List(TaskRef("x")), "y": Task("other", len, TaskRef("l"))}
+    graph = normalise(materialise(nodes), ["l", "y"])
+    assert {key: task.key for key, task in graph.tasks.items()} == {"x": "x", "l": "l", "y": "y"}
+    assert graph.tasks["l"]({"x": 1}) == [1]
+    assert (nodes["l"].key, nodes["y"].key) == (None, "other")  # the caller's stay as they are

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dask_lambda.plan import Group
 from dask_lambda.state import (
+    PACE_TRUST,
     Done,
     Event,
     Failure,
@@ -50,6 +51,9 @@ class Model:
     last: bool = False
     outcome: str = ""  # "done", "failed", "cancelled"
     drained: bool = False
+    batch: bool = False
+    splits: bool = False
+    lost: Counter = field(default_factory=Counter)  # invocations that nobody was guilty of
 
     def readers(self, key: str) -> list[Group]:
         return [g for g in self.added if key in g.inputs and g not in self.done]
@@ -61,16 +65,20 @@ def models(draw, name: str) -> Model:
     priorities = draw(st.permutations(range(count)))
     groups: list[Group] = []
     keys: list[str] = []
+    expected = draw(st.sampled_from([[None], [0.0], [None, 0.0, 0.3, 5.0]]))
     for i in range(count):
         inputs = draw(st.lists(st.sampled_from(keys), unique=True, max_size=4)) if keys else []
         outputs = [f"{i}{letter}" for letter in "xyz"[: draw(st.integers(1, 3))]]
+        inner = [f"{i}{letter}" for letter in "abc"[: draw(st.integers(0, 3))]]
         groups.append(
             Group(
-                tuple(f"{key}-task" for key in outputs),
+                (*inner, *outputs),
                 tuple(inputs),
                 tuple(outputs),
                 priorities[i],
                 draw(st.integers(0, 2)),
+                draw(st.sampled_from(["k", "k", "k", "l"])),
+                draw(st.sampled_from(expected)),
             )
         )
         keys += outputs
@@ -80,12 +88,36 @@ def models(draw, name: str) -> Model:
     for batch in batches:  # within one event any order will do
         batch[:] = draw(st.permutations(batch))
     keep = draw(st.frozensets(st.sampled_from(keys))) if keys else frozenset()
-    return Model(name, batches, keep)
+    batch, splits = draw(st.booleans()), draw(st.booleans())
+    return Model(name, batches, keep, batch=batch, splits=splits)
+
+
+def halves(it: Group) -> list[Group]:
+    """Two groups with half of the tasks each; the second reads the last value of the first."""
+    middle = len(it.tasks) // 2
+    if not middle:
+        return []
+    first, rest = it.tasks[:middle], it.tasks[middle:]
+    crossing = first[-1]
+    written = tuple(dict.fromkeys([*(key for key in it.outputs if key in first), crossing]))
+    return [
+        replace(it, tasks=first, outputs=written),
+        replace(
+            it,
+            tasks=rest,
+            inputs=(*it.inputs, crossing),
+            outputs=tuple(key for key in it.outputs if key in rest),
+        ),
+    ]
 
 
 DONE = Done()
-OUTCOMES = [DONE] * 6 + [Failure(kind) for kind in FailureKind]
+OUTCOMES = [Done(seconds) for seconds in (0.0, 0.0, 0.0, 0.1, 0.1, 2.0)]
+OUTCOMES += [Failure(kind) for kind in FailureKind]
+FAILURES = [Failure(kind) for kind in FailureKind]
 POLICY = Policy(deaths=1, transient_tries=3, backoff=0.5, max_backoff=4.0, throttle_patience=1e9)
+#: Failures of an invocation of which one of several groups may be the reason.
+GUILTY = {FailureKind.RESOURCES, FailureKind.DEATH}
 
 
 class Play:
@@ -107,18 +139,20 @@ class Play:
         for instruction in self.state.handle(event, self.now):
             match instruction:
                 case Invoke(invocation, name, groups, tries):
-                    run, (it,) = self.runs[name], groups
+                    run = self.runs[name]
                     assert not run.outcome, "nothing is started for an ended run"
                     assert invocation not in self.flying
                     assert invocation not in self.answered
-                    assert it in run.added
-                    assert it not in run.done
-                    assert it not in run.flying
-                    assert set(it.inputs) <= run.available - run.released
-                    assert tries == run.starts[it]
-                    run.starts[it] += 1
-                    run.flying.add(it)
-                    run.delayed.pop(it, None)
+                    assert tries == run.starts[groups[0]]
+                    self.check_batch(run, groups)
+                    for it in groups:
+                        assert it in run.added
+                        assert it not in run.done
+                        assert it not in run.flying
+                        assert set(it.inputs) <= run.available - run.released
+                        run.starts[it] += 1
+                        run.flying.add(it)
+                        run.delayed.pop(it, None)
                     self.flying[invocation] = instruction
                     room += 1
                     assert room <= self.window
@@ -151,6 +185,17 @@ class Play:
                 case Wake(at):
                     self.timers.append(at)
         self.check()
+
+    def check_batch(self, run: Model, groups: tuple[Group, ...]) -> None:
+        if len(groups) == 1:
+            return
+        assert run.batch
+        assert len({it.kind for it in groups}) == 1
+        assert not any(run.starts[it] for it in groups), "what was tried before goes alone"
+        if groups[0].seconds is None:
+            done = sum(it.kind == groups[0].kind for it in run.done)
+            assert len(groups) <= PACE_TRUST * done
+        assert len(groups) <= POLICY.batch_groups
 
     def check(self) -> None:
         self.state.validate()
@@ -185,37 +230,49 @@ class Play:
         run.added += batch
         run.opened, run.last = True, not run.batches
         keep = run.keep & {key for it in batch for key in it.outputs}
-        self.handle(GroupsAdded(run.name, batch, keep, run.last))
+        split = halves if run.splits else None
+        self.handle(GroupsAdded(run.name, batch, keep, run.last, split, run.batch))
 
-    def end(self, invocation: int, outcome: Done | Failure) -> None:
+    def end(self, invocation: int, outcomes: list[Done | Failure], whole: bool = False) -> None:
         invoke = self.flying.pop(invocation)
         self.answered.add(invocation)
-        run, (it,) = self.runs[invoke.run], invoke.groups
-        run.flying.remove(it)
-        if not run.outcome:
+        run, groups = self.runs[invoke.run], invoke.groups
+        run.flying.difference_update(groups)
+        for it, outcome in zip(groups, outcomes, strict=True):
+            if run.outcome or self.expected_failure:
+                break
             if isinstance(outcome, Done):
                 run.done.add(it)
                 run.available.update(it.outputs)
+            elif whole and len(groups) > 1 and outcome.kind in GUILTY:
+                run.lost[it] += 1
             else:
-                counts = run.failures[it]
-                kind = outcome.kind
-                if kind is FailureKind.RESOURCES:  # of a group that cannot be split
-                    kind = FailureKind.TASK
-                counts[kind] += 1
-                count = counts[kind]
-                allowed = {
-                    FailureKind.TASK: it.retries,
-                    FailureKind.DEATH: POLICY.deaths + it.retries,
-                    FailureKind.TRANSIENT: POLICY.transient_tries - 1,
-                    FailureKind.THROTTLED: float("inf"),
-                    FailureKind.FATAL: 0,
-                }[kind]
-                if count > allowed:
-                    self.expected_failure = (run.name, it, outcome)
-                else:
-                    bound = min(POLICY.max_backoff, POLICY.backoff * 2.0 ** min(count - 1, 50))
-                    run.delayed[it] = self.now + bound
-        self.handle(InvocationEnded(invocation, (outcome,)))
+                self.fail(run, it, outcome)
+        self.handle(InvocationEnded(invocation, tuple(outcomes), whole))
+
+    def fail(self, run: Model, it: Group, outcome: Failure) -> None:
+        kind = outcome.kind
+        if kind is FailureKind.RESOURCES:
+            if run.splits and (parts := halves(it)):
+                run.added.remove(it)
+                run.added += parts
+                return
+            kind = FailureKind.TASK
+        counts = run.failures[it]
+        counts[kind] += 1
+        count = counts[kind]
+        allowed = {
+            FailureKind.TASK: it.retries,
+            FailureKind.DEATH: POLICY.deaths + it.retries,
+            FailureKind.TRANSIENT: POLICY.transient_tries - 1,
+            FailureKind.THROTTLED: float("inf"),
+            FailureKind.FATAL: 0,
+        }[kind]
+        if count > allowed:
+            self.expected_failure = (run.name, it, outcome)
+        else:
+            bound = min(POLICY.max_backoff, POLICY.backoff * 2.0 ** min(count - 1, 50))
+            run.delayed[it] = self.now + bound
 
     def wake(self) -> None:
         at = min(self.timers)
@@ -257,7 +314,11 @@ def test_whatever_happens_in_whatever_order_the_rules_hold(data):
             case "add":
                 play.add(what)
             case "end":
-                play.end(what, draw(st.sampled_from(OUTCOMES)))
+                count = len(play.flying[what].groups)
+                if draw(st.integers(0, 3)) == 0:  # it is lost as a whole
+                    play.end(what, [draw(st.sampled_from(FAILURES))] * count, whole=True)
+                else:
+                    play.end(what, [draw(st.sampled_from(OUTCOMES)) for _ in range(count)])
             case "wake":
                 play.wake()
             case "step":
@@ -273,7 +334,8 @@ def test_whatever_happens_in_whatever_order_the_rules_hold(data):
         if waiting:
             play.add(waiting[0])
         elif play.flying:
-            play.end(next(iter(play.flying)), DONE)
+            invocation, invoke = next(iter(play.flying.items()))
+            play.end(invocation, [DONE] * len(invoke.groups))
         elif all(run.drained for run in runs):
             break
         else:
@@ -288,7 +350,8 @@ def test_whatever_happens_in_whatever_order_the_rules_hold(data):
             assert run.done == set(run.added)
             assert run.available - run.released == run.keep & run.available
             assert run.starts == Counter(
-                {it: 1 + sum(run.failures[it].values()) for it in run.added}
+                {it: 1 + sum(run.failures[it].values()) + run.lost[it] for it in run.added}
+                | {it: run.starts[it] for it in run.starts if it not in run.added}  # split
             )
     assert list(play.state.runs) == []
     assert not play.state.in_flight
