@@ -250,6 +250,7 @@ class _Run:
         self.starts = self.aws.scaling_burst  # tokens: environments that may be started now
         self.started_at = 0.0
         self.counter = 0
+        self.replies: deque[_Flight] = deque()
         self.fetching = [0.0] * FETCHES
         self.uploading = [0.0] * UPLOADS
         self.last_fetch = 0.0
@@ -341,11 +342,22 @@ class _Run:
         self.uplink = max(self.uplink, at) + payload / aws.client_bytes
         self._at(self.uplink, lambda at: self._arrive(flight, at))
 
+    def _received(self, flight: _Flight, at: float) -> None:
+        """Let a reply wait until the client has time."""
+        self.replies.append(flight)
+        if len(self.replies) == 1:
+            self._at(max(at, self.client), self._next_reply)
+
+    def _next_reply(self, at: float) -> None:
+        if self.client > at:  # it has sent something meanwhile
+            self._at(self.client, self._next_reply)
+            return
+        self._receive(self.replies.popleft(), at)
+        if self.replies:
+            self._at(max(at, self.client), self._next_reply)
+
     def _receive(self, flight: _Flight, at: float) -> None:
         """Take a reply."""
-        if self.client > at:  # busy: later
-            self._at(self.client, lambda at: self._receive(flight, at))
-            return
         at = self._work(at)
         instruction, timeline, failure = flight.instruction, flight.timeline, flight.failure
         groups = instruction.groups
@@ -490,7 +502,7 @@ class _Run:
 
     def _answer(self, flight: _Flight, nbytes: float, at: float) -> None:
         self.downlink = max(self.downlink, at) + nbytes / self.aws.client_bytes
-        self._at(self.downlink, lambda at: self._receive(flight, at))
+        self._at(self.downlink, lambda at: self._received(flight, at))
 
     def _steps(self, group: Group) -> list[Step]:
         if group.tasks not in self.steps:
