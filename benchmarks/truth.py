@@ -361,6 +361,11 @@ def _transpose(work: Work, x: Any, axes: Any = None, **named: Any) -> Any:
     return Block(tuple(x.shape[i] for i in axes))
 
 
+def _conj_transpose(work: Work, x: Any) -> Any:
+    work.moved += 2 * x.nbytes
+    return _transpose(work, x)
+
+
 def _dotmany(work: Work, a: Any, b: Any, **named: Any) -> Any:
     terms = [_dot(work, x, y) for x, y in zip(a, b, strict=True)]
     work.moved += 3 * sum(term.nbytes for term in terms[1:])
@@ -413,12 +418,15 @@ _RULES: dict[str, Callable[..., Any]] = {
     "tuple": lambda work, x: tuple(x),
     "list": lambda work, x: list(x),
     "identity": _same,
-    "_identity_cast": _same,
+    "_identity_cast": lambda work, *items, typ: typ(items),
     "_apply_random": _random,
     "_apply_random_func": _random,
+    "_conj_transpose": _conj_transpose,
     "zeros": _full,
     "ones": _full,
-    "full_like": _same,
-    "zeros_like": _same,
-    **dict.fromkeys("sub add mul neg sign where subtract multiply truediv".split(), _elementwise),
+    "zeros_like": _full,
+    **dict.fromkeys(
+        "sub add mul neg sign where subtract multiply truediv ge gt le lt eq ne abs sqrt".split(),
+        _elementwise,
+    ),
 }
