@@ -112,9 +112,7 @@ def tsqr(rows: int, columns: int, chunk: int) -> Callable[[Inputs], list[Any]]:
 
 def svd(rows: int, columns: int, chunk: int) -> Callable[[Inputs], list[Any]]:
     """Return the singular value decomposition of a tall matrix."""
-    return lambda inputs: list(
-        da.linalg.svd(inputs.matrix("A", (rows, columns), (chunk, columns)))
-    )
+    return lambda inputs: list(da.linalg.svd(inputs.matrix("A", (rows, columns), (chunk, columns))))
 
 
 def tree(leaves: int) -> Callable[[Inputs], list[Any]]:
@@ -144,19 +142,11 @@ WORKLOADS = (
     Workload("GEMM 10k x 10k", gemm(10_000, 1000), 12.5, "Wukong", LARGE, "1,000 x 1,000"),
     Workload("GEMM 15k x 15k", gemm(15_000, 1000), 25.1, "Wukong", LARGE, "1,000 x 1,000"),
     Workload("GEMM 25k x 25k", gemm(25_000, 1000), 59.5, "Wukong", LARGE, "1,000 x 1,000"),
-    Workload(
-        "TSQR 4.1M x 128", tsqr(2**22, 128, 2**16), 2.7, "Wukong", LARGE, "65,536 x 128"
-    ),
-    Workload(
-        "TSQR 16.7M x 128", tsqr(2**24, 128, 2**16), 6.9, "Wukong", LARGE, "65,536 x 128"
-    ),
-    Workload(
-        "SVD 8.1M x 100", svd(8_100_000, 100, 81_000), 3.3, "Wukong", LARGE, "81,000 x 100"
-    ),
+    Workload("TSQR 4.1M x 128", tsqr(2**22, 128, 2**16), 2.7, "Wukong", LARGE, "65,536 x 128"),
+    Workload("TSQR 16.7M x 128", tsqr(2**24, 128, 2**16), 6.9, "Wukong", LARGE, "65,536 x 128"),
+    Workload("SVD 8.1M x 100", svd(8_100_000, 100, 81_000), 3.3, "Wukong", LARGE, "81,000 x 100"),
     Workload(
         "Cholesky 256k x 256k", cholesky(2**18, 4096), 3100.0, "numpywren", LARGE, "4,096 x 4,096"
     ),
-    Workload(
-        "GEMM 256k x 256k", gemm(2**18, 4096), 2670.0, "numpywren", LARGE, "4,096 x 4,096"
-    ),
+    Workload("GEMM 256k x 256k", gemm(2**18, 4096), 2670.0, "numpywren", LARGE, "4,096 x 4,096"),
 )

@@ -243,7 +243,7 @@ class AwsModel:
 
     def without_chance(self) -> AwsModel:
         """Return the model with every latency at its median, no stragglers and no faults."""
-        medians = {
+        medians: dict[str, Any] = {
             name: constant(getattr(self, name).median)
             for name in ("invoke", "refuse", "cold_start", "get", "put")
         }

@@ -44,7 +44,7 @@ from dask_lambda.state import (
     TimePassed,
     Wake,
 )
-from dask_lambda.timeline import Environment, Step, Timeline, Worker, references, steps_of
+from dask_lambda.timeline import Environment, Step, Timeline, Worker, steps_of
 from lambda_worker.protocol import MAX_INLINE_TOTAL_BYTES, MAX_PAYLOAD_BYTES, Key
 from lambda_worker.store import Counts
 
@@ -473,10 +473,10 @@ class _Run:
             flight.failure = Failure(FailureKind.RESOURCES)
         flight.timeline = timeline
         self._count(flight.instruction.groups, environment, start, end, cold, timeline)
-        reply = aws.request_bytes + BASE64 * timeline.inline_bytes
-        self._at(end + latency / 2, lambda at: self._answer(flight, reply, at))
         again = max(end, start + aws.request_interval)
         self._at(again, lambda at: self._free(None if died else environment))
+        reply = aws.request_bytes + BASE64 * timeline.inline_bytes
+        self._at(end + latency / 2, lambda at: self._answer(flight, reply, at))
 
     def _may_start(self, at: float) -> bool:
         """Start an environment, if Lambda lets us."""
