@@ -140,10 +140,16 @@ class AwsModel:
         Time to the first byte of an S3 GET, and of a PUT beyond its transfer: 1 KB objects from
         Lambda (raw data of the Skyrise project: hpides/skyrise).
     burst_bytes, sustained_bytes, bucket_bytes : float
-        Bandwidth of one environment, both directions together: about 290 MB at up to 350 MB/s, then 75
-        MB/s (Skyrise; sjakthol's measurements).
+        Bandwidth of one environment, both directions together: about 290 MB at up to 350 MB/s,
+        then 75 MB/s (Skyrise; sjakthol's measurements).
     stream_bytes : float
         Bandwidth of one S3 request: 85 to 90 MB/s ("Performance design patterns for Amazon S3").
+    read_above, read_part, reads_at_once : int
+        Objects above so many bytes are read in parts of so many bytes, so many of them at the same
+        time (lambda_worker.store).
+    write_above, write_part, writes_at_once : int
+        The same for writing.  In parts it takes four requests one after the other: to begin,
+        the last part, to complete, and a pointer (lambda_worker.store).
     requests_in_flight : int
         S3 requests of one environment at the same time (lambda_worker.handler).
     prefetch_share : float
@@ -197,6 +203,12 @@ class AwsModel:
     sustained_bytes: float = 75e6
     bucket_bytes: float = 290e6
     stream_bytes: float = 90e6
+    read_above: int = 16 * 2**20
+    read_part: int = 8 * 2**20
+    reads_at_once: int = 8
+    write_above: int = 64 * 2**20
+    write_part: int = 16 * 2**20
+    writes_at_once: int = 4
     requests_in_flight: int = 16
     prefetch_share: float = 0.25
     cache_share: float = 0.2
@@ -230,6 +242,24 @@ class AwsModel:
     def prefetch_bytes(self) -> int:
         """What an environment fetches ahead of its need."""
         return int(self.memory_mb * 2**20 * self.prefetch_share)
+
+    def gets(self, nbytes: int) -> int:
+        """Return the requests that it takes to read an object."""
+        return 1 if nbytes <= self.read_above else -(-nbytes // self.read_part)
+
+    def puts(self, nbytes: int) -> int:
+        """Return the requests that it takes to write an object."""
+        return 1 if nbytes <= self.write_above else 3 - (-nbytes // self.write_part)
+
+    def read_rate(self, nbytes: int) -> float:
+        """Return the bytes a second at which an object can be read, bandwidth permitting."""
+        return self.stream_bytes * min(self.gets(nbytes), self.reads_at_once)
+
+    def write_rate(self, nbytes: int) -> float:
+        """Return the bytes a second at which an object can be written, bandwidth permitting."""
+        if nbytes <= self.write_above:
+            return self.stream_bytes
+        return self.stream_bytes * self.writes_at_once
 
     def link(self, at: float = 0.0) -> Link:
         """Return the network of a new environment."""

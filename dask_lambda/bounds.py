@@ -72,7 +72,6 @@ def lower_bounds(
     client = set(plan.client)
     chain: dict[Key, float] = {}
     path: dict[Key, float] = {}
-    stream = min(aws.burst_bytes, aws.stream_bytes)
     read: dict[Key | str, int] = {}
     work = 0.0
     for key in _topological(graph):
@@ -93,7 +92,7 @@ def lower_bounds(
             read[name] = size
             largest = max(largest, size)
         if largest > inline_bytes:
-            start = max(start, aws.get.median + largest / stream)
+            start = max(start, aws.get.median + largest / min(aws.burst_bytes, aws.read_rate(largest)))
         chain[key] = before + seconds
         path[key] = start + seconds
     written = 0
@@ -102,7 +101,8 @@ def lower_bounds(
         finish = path[key]
         if key in plan.keep and truth.nbytes[key] > inline_bytes:
             written += truth.nbytes[key]
-            finish += aws.put.median + truth.nbytes[key] / stream
+            rate = min(aws.burst_bytes, aws.write_rate(truth.nbytes[key]))
+            finish += aws.put.median + truth.nbytes[key] / rate
         longest = max(longest, finish)
     compulsory = written + sum(read.values())
     return Bounds(

@@ -169,7 +169,7 @@ def simulate(
     """
     run = _Run(graph, plan, truth, aws, window, inline_bytes, keep_results, policy, seed)
     if batch is None:
-        batch = getattr(plan, "mode", "none") != "none"
+        batch = plan.mode != "none"
     return run.simulate(batch, split)
 
 
@@ -205,6 +205,7 @@ class _Flight:
     instruction: Invoke
     inline: set[Key]
     inline_bytes: int  # that the worker may send back for one value
+    steps: list[list[Step]] = field(default_factory=list)
     listing: int = 0  # bytes of its list of groups, where that is an object of its own
     timeline: Timeline | None = None
     failure: Failure | None = None
@@ -239,7 +240,6 @@ class _Run:
         self.random = random.Random(self.seed)
         self.rank = {key: i for i, key in enumerate(self.graph.source)}
         self.state = State(self.window, self.policy, self.seed)
-        self.steps: dict[tuple[Key, ...], list[Step]] = {}
         readers = Counter(key for group in self.plan.groups for key in group.inputs)
         shared = {key for key, count in readers.items() if count > 1}
         shared.update(self.graph.stored, self.graph.literals)
@@ -312,7 +312,8 @@ class _Run:
         tasks = 0
         for group in instruction.groups:
             tasks += len(group.tasks)
-            for step in self._steps(group):
+            flight.steps.append(steps_of(self.graph, group, self.truth.seconds, self.rank))
+            for step in flight.steps[-1]:
                 for key in step.reads:
                     if key in self.graph.literals:
                         at = max(at, self._literal(key, at))
@@ -422,7 +423,7 @@ class _Run:
         delay = (aws.client_put or aws.put).sample(self.random)
         self.uplink = max(self.uplink, start) + nbytes / aws.client_bytes
         heapq.heapreplace(self.uploading, self.uplink + delay)
-        self.own.puts += 1
+        self.own.puts += aws.puts(nbytes)
         self.own.bytes_written += nbytes
         return self.uplink + delay
 
@@ -433,7 +434,7 @@ class _Run:
         self.downlink = max(self.downlink, first) + nbytes / aws.client_bytes
         heapq.heapreplace(self.fetching, self.downlink)
         self.last_fetch = max(self.last_fetch, self.downlink)
-        self.own.gets += 1
+        self.own.gets += aws.gets(nbytes)
         self.own.bytes_read += nbytes
 
     # -- Lambda ----------------------------------------------------------------------------------
@@ -459,8 +460,9 @@ class _Run:
         start = self.worker.occupy(start, cold) if cold else start
         if flight.listing:
             start += aws.get.sample(self.random) + flight.listing / aws.stream_bytes
-        steps = [self._steps(group) for group in flight.instruction.groups]
-        timeline = self.worker.run(environment, start, steps, flight.inline, flight.inline_bytes)
+        timeline = self.worker.run(
+            environment, start, flight.steps, flight.inline, flight.inline_bytes
+        )
         timeline.gets += bool(flight.listing)
         timeline.bytes_read += flight.listing
         end = timeline.end
@@ -504,11 +506,6 @@ class _Run:
         self.downlink = max(self.downlink, at) + nbytes / self.aws.client_bytes
         self._at(self.downlink, lambda at: self._received(flight, at))
 
-    def _steps(self, group: Group) -> list[Step]:
-        if group.tasks not in self.steps:
-            self.steps[group.tasks] = steps_of(self.graph, group, self.truth.seconds, self.rank)
-        return self.steps[group.tasks]
-
     # -- the sum ---------------------------------------------------------------------------------
 
     def _count(
@@ -524,6 +521,7 @@ class _Run:
         counts.invocations += 1
         counts.cold_starts += bool(cold)
         counts.add_billed(math.ceil((end - start + cold) * 1e3), self.aws.memory_mb)
+        counts.cache_hits += timeline.cache_hits
         workers = counts.workers
         workers.gets += timeline.gets
         workers.puts += timeline.puts

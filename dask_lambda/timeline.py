@@ -25,6 +25,9 @@ from dask_lambda.graph import Graph
 from dask_lambda.plan import Group
 from lambda_worker.protocol import MAX_INLINE_TOTAL_BYTES, Key, Reference
 
+_UPLOAD = -1
+_NEVER = float("inf")
+
 
 class Step(NamedTuple):
     """One task of a group."""
@@ -227,7 +230,7 @@ class Worker:
                         record.inline_bytes += size
                     else:
                         traffic.upload(now, size)
-                        record.puts += 1
+                        record.puts += aws.puts(size)
                         record.bytes_written += size
             record.compute += inside
             record.seconds.append(inside)
@@ -262,7 +265,7 @@ class Worker:
                     size = nbytes[key] + aws.seal_bytes
                     place[key] = len(traffic.sizes)
                     traffic.sizes.append(size)
-                    record.gets += 1
+                    record.gets += aws.gets(size)
                     record.bytes_read += size
                     if key in shared:
                         environment.remember(key, size, limit)
@@ -286,7 +289,7 @@ class Worker:
             record.cache_hits += 1
             return at
         environment.remember(name, size, self._aws.cache_bytes)
-        record.gets += 1
+        record.gets += self._aws.gets(size)
         record.bytes_read += size
         return traffic.download(at, size)
 
@@ -349,18 +352,21 @@ class _Traffic:
 
     def upload(self, at: float, nbytes: int) -> None:
         """Upload an output that is ready at a time."""
-        at = max(at + nbytes / self._aws.codec_bytes, self._uploads[0])
-        delay = self._aws.put.sample(self._random)
+        aws = self._aws
+        at = max(at + nbytes / aws.codec_bytes, self._uploads[0])
+        delay = aws.put.sample(self._random)
+        if nbytes > aws.write_above:
+            delay += sum(aws.put.sample(self._random) for _ in range(3))
         # The connection is free again at about this time; the link knows it better, but later.
-        heapq.heapreplace(self._uploads, at + delay + nbytes / self._aws.stream_bytes)
-        heapq.heappush(self._pending, (at, -1, nbytes, delay))
+        heapq.heapreplace(self._uploads, at + delay + nbytes / aws.write_rate(nbytes))
+        heapq.heappush(self._pending, (at, _UPLOAD, nbytes, delay))
 
     def download(self, at: float, nbytes: int) -> float:
         """Fetch something now and wait for it."""
         first = at + self._aws.get.sample(self._random)
         while self._pending and self._pending[0][0] <= first:
             self._pop()
-        return self._through(first, nbytes)
+        return self._through(first, nbytes, self._aws.read_rate(nbytes))
 
     def finish(self) -> float:
         """Return when the last upload is done."""
@@ -394,17 +400,14 @@ class _Traffic:
     def _pop(self) -> None:
         """Let the request pass whose first byte comes first."""
         first, place, nbytes, delay = heapq.heappop(self._pending)
-        done = self._through(first, nbytes) + delay
-        if place < 0:
-            self._last = max(self._last, done)
+        if place == _UPLOAD:
+            rate = self._aws.write_rate(nbytes)
+            self._last = max(self._last, self._through(first, nbytes, rate) + delay)
             return
+        done = self._through(first, nbytes, self._aws.read_rate(nbytes))
         self._arrivals[place] = done + nbytes / self._aws.codec_bytes
         heapq.heappush(self._slots, done)
         self._issue()
 
-    def _through(self, first: float, nbytes: int) -> float:
-        done = self._link.transfer(first, nbytes)
-        return max(done, first + nbytes / self._aws.stream_bytes)
-
-
-_NEVER = float("inf")
+    def _through(self, first: float, nbytes: int, rate: float) -> float:
+        return max(self._link.transfer(first, nbytes), first + nbytes / rate)
