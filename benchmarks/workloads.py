@@ -25,8 +25,14 @@ from lambda_worker.protocol import Reference, load_reference
 
 def graph_of(*collections: Any) -> Graph:
     """Return the graph that a scheduler is asked to run for some collections."""
+    dsk, keys = dask_graph(*collections)
+    return normalise(materialise(dsk), keys)
+
+
+def dask_graph(*collections: Any) -> tuple[Any, list[Any]]:
+    """Return what Dask hands a scheduler for some collections."""
     expr = collections_to_expr(list(collections), True).optimize()
-    return normalise(materialise(expr), list(expr.__dask_keys__()))
+    return expr, list(expr.__dask_keys__())
 
 
 @dataclass

@@ -177,7 +177,8 @@ class AwsModel:
     seal_bytes : int
         By which a stored value is larger than its buffers.
     cores : int, optional
-        Processors that all environments share; None where each has its own.
+        Processors that client, server and workers share for what is not inside of tasks; None where
+        each has its own.
     server_seconds : float
         Of those cores, for each invocation; 0 on AWS.
     prices : Prices

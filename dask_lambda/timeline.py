@@ -170,7 +170,7 @@ class Worker:
 
     def occupy(self, at: float, seconds: float) -> float:
         """Use one of the shared processors, if there are such; return when that is done."""
-        if self._cores is None:
+        if self._cores is None or not seconds:
             return at + seconds
         end = max(at, self._cores[0]) + seconds
         heapq.heapreplace(self._cores, end)
@@ -206,10 +206,13 @@ class Worker:
         traffic = _Traffic(aws, environment.link, start, self._random)
         needs = self._needs(environment, groups, inline, traffic, record)
         room = MAX_INLINE_TOTAL_BYTES
+        if self._cores is not None:  # shared processors are booked as time goes on: all at once
+            now = self.occupy(now, len(groups) * aws.group_seconds)
         place = 0
         for steps in groups:
             inside = 0.0
-            now = self.occupy(now, aws.group_seconds)
+            if self._cores is None:
+                now += aws.group_seconds
             for step in steps:
                 ready = now
                 if (need := needs[place]) is not None:
@@ -220,7 +223,7 @@ class Worker:
                     ready = self._load(environment, traffic, record, name, size, ready)
                 record.waiting += ready - now
                 seconds = step.seconds * slow
-                now = self.occupy(ready, seconds)
+                now = ready + seconds
                 inside += seconds
                 for key in step.outputs:
                     size = nbytes[key] + aws.seal_bytes
