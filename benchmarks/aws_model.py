@@ -1,9 +1,9 @@
 """Simulated AWS: ``python -m benchmarks.aws_model``.
 
 The workloads of two papers (:mod:`benchmarks.workloads`), planned and driven by the real planner
-and state machine, in virtual time against a model of AWS (:mod:`dask_lambda.simulate`).  Printed are
-for each workload the simulated seconds, next to lower bounds and the published seconds, dollars and
-requests; and what one invocation for each task would have taken.
+and state machine, in virtual time against a model of AWS (:mod:`dask_lambda.simulate`).  Printed
+for each workload are the simulated seconds, next to lower bounds and the published seconds,
+dollars and requests; and what one invocation for each task would have taken.
 
 ``--validate`` compares the simulator with real runs on the embedded AWS instead.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -60,16 +60,21 @@ class Row:
 
 
 def plan_and_simulate(
-    graph: Graph, truth: Estimates, aws: AwsModel, window: int, mode: Any, told: str
+    graph: Graph,
+    truth: Callable[[Graph], Estimates],
+    aws: AwsModel,
+    window: int,
+    mode: Any,
+    told: str,
 ) -> tuple[Any, Simulation, float]:
     """Return the plan, the simulated run, and the seconds that planning took here."""
-    started = time.perf_counter()
     model = CostModel(window=window, memory_bytes=aws.memory_mb * 2**20)
-    estimates = truth if told == "exact" else None
+    estimates = truth(graph) if told == "exact" else None
+    started = time.perf_counter()
     plan = make_plan(graph, mode=mode, finalise=False, estimates=estimates, model=model)
     planning = time.perf_counter() - started
-    smaller = partial(split, graph) if mode == "auto" else None
-    simulation = simulate(graph, plan, truth, aws, window=window, keep_results=True, split=smaller)
+    smaller = partial(split, plan.graph) if mode == "auto" else None
+    simulation = simulate(plan, truth, aws, window=window, keep_results=True, split=smaller)
     return plan, simulation, planning
 
 
@@ -79,9 +84,9 @@ def rows(workload: Workload, window: int, runs: Iterable[str]) -> Iterable[Row]:
     graph = graph_of(*workload.make(inputs))
     aws = AWS.replace(memory_mb=workload.memory_mb, concurrency=window)
     if workload.sleep is None:
-        truth = true_estimates(graph, Machine(aws.vcpus), inputs.shapes)
+        truth = partial(true_estimates, machine=Machine(aws.vcpus), stored=inputs.shapes)
     else:
-        truth = sleeping(graph, workload.sleep)
+        truth = partial(sleeping, seconds=workload.sleep)
     for name, mode, told, state in RUNS:
         if name not in runs:
             continue

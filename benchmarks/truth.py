@@ -231,7 +231,7 @@ def _dot(work: Work, a: Any, b: Any, **named: Any) -> Any:
 
 
 def _matmul(work: Work, a: Any, b: Any, **named: Any) -> Any:
-    """A product of blocks of which dask keeps the contracted axis, of length one, before the last."""
+    """A product of which dask keeps the contracted axis, of length one, before the last."""
     out = _dot(work, a, b)
     return Block((*out.shape[:-1], 1, out.shape[-1]))
 
@@ -264,8 +264,8 @@ def _elementwise(work: Work, *arguments: Any, **named: Any) -> Any:
 
 
 def _sum(work: Work, x: Any, *rest: Any, **named: Any) -> Any:
-    if isinstance(x, list | tuple) and not named and not rest:  # the builtin
-        for each in x:
+    if isinstance(x, list | tuple) and not named:  # the builtin, perhaps with a start
+        for each in (*rest, *x):
             work.moved += 3 * size_of(each)
         return x[0]
     x = _concatenated(work, x)

@@ -1,4 +1,4 @@
-"""The simulator next to real runs on the embedded AWS: ``python -m benchmarks.aws_model --validate``.
+"""The simulator next to real runs: ``python -m benchmarks.aws_model --validate``.
 
 The same graphs are run for real and simulated, and their wall times and requests compared.  The
 model's parameters (:data:`dask_lambda.aws_model.EMBEDDED`) are measured apart from these graphs,
@@ -8,6 +8,7 @@ with calls that do nothing; the sum of the seconds of all tasks is that which th
 from __future__ import annotations
 
 import itertools
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from dask_lambda.simulate import simulate
 #: Calibration and comparison take turns, since the machine may be a shared one.
 ROUNDS = 3
 CALLS = 300
+BLOCKS, BLOCK = 60, 2_000_000
 TOLERANCE = 0.25
 COUNTED = ("tasks", "invocations", "s3_puts", "s3_gets")
 
@@ -119,8 +121,9 @@ def _bytes(value: Any) -> int:
 def calibrate(scheduler: LambdaScheduler) -> AwsModel:
     """Measure the model's parameters on this machine, with calls that do nothing.
 
-    One call after the other gives the latency of an invocation, many at a time the processor time of
-    client and server together; the client's own part is its processor time.
+    One call after the other gives the latency of an invocation, many at a time the processor time
+    of client and server together; the client's own part is its processor time.  Blocks that are
+    written and read, and not computed, give what S3 and the codec take for each byte.
     """
     chain: Any = 0
     for _ in range(CALLS // 10):
@@ -133,9 +136,15 @@ def calibrate(scheduler: LambdaScheduler) -> AwsModel:
         walls.append(_seconds(lambda: _get(scheduler, calls)) / CALLS)
         cpus.append((time.process_time() - cpu) / CALLS)
     latency, wall, cpu = (statistics.median(each) for each in (latencies, walls, cpus))
-    assert EMBEDDED.cores is not None
-    server = max(0.0, wall * EMBEDDED.cores - cpu)
+    cores = EMBEDDED.cores
+    assert cores is not None
+    server = max(0.0, wall * cores - cpu)
+    blocks = [dask.delayed(np.ones)(BLOCK // 8) for _ in range(BLOCKS)]
+    firsts = [dask.delayed(operator.getitem)(block, 0) for block in blocks]
+    copying = statistics.median(_seconds(lambda: _get(scheduler, firsts)) for _ in range(ROUNDS))
+    processor = max(copying * cores - 2 * BLOCKS * (cpu + server), 1e-3)
     return EMBEDDED.replace(
+        server_bytes=2 * BLOCKS * BLOCK / processor,
         client_seconds=cpu,
         server_seconds=server,
         group_seconds=0.0,
@@ -178,7 +187,8 @@ def validate() -> None:
             graph = graph_of(*make())
             truth = locally(graph)
             found = [compare(scheduler, window, make, graph, truth, mode) for _ in range(ROUNDS)]
-            measured, simulated, ratio = (statistics.median(each) for each in zip(*(f[:3] for f in found)))
+            columns = zip(*(each[:3] for each in found), strict=True)
+            measured, simulated, ratio = map(statistics.median, columns)
             real, report = found[-1][3:]
             counts = ", ".join(
                 f"{field} {getattr(real, field):,}/{getattr(report, field):,}" for field in COUNTED
@@ -204,6 +214,6 @@ def compare(
     real = run_for_real(scheduler, make, plan=mode)
     plan = make_plan(graph, mode=mode, estimates=truth, model=CostModel(window=window))
     exact = scaled(truth, graph, plan, real.report.compute_seconds)
-    simulated = simulate(graph, plan, exact, aws, window=window).report
+    simulated = simulate(plan, exact, aws, window=window).report
     ratio = simulated.wall_seconds / real.seconds
     return real.seconds, simulated.wall_seconds, ratio, real.report, simulated

@@ -179,8 +179,8 @@ class AwsModel:
     cores : int, optional
         Processors that client, server and workers share for what is not inside of tasks; None where
         each has its own.
-    server_seconds : float
-        Of those cores, for each invocation; 0 on AWS.
+    server_seconds, server_bytes : float
+        Of those cores: seconds for each invocation, and bytes a second to S3 and back.
     prices : Prices
     """
 
@@ -227,6 +227,7 @@ class AwsModel:
     seal_bytes: int = 256
     cores: int | None = None
     server_seconds: float = 0.0
+    server_bytes: float = math.inf
     prices: Prices = field(default_factory=Prices)
 
     @property
@@ -310,4 +311,5 @@ EMBEDDED = AwsModel(
     client_bytes=1e9,
     cores=2,
     server_seconds=0.002,
+    server_bytes=200e6,
 )

@@ -48,7 +48,6 @@ class Bounds:
 
 
 def lower_bounds(
-    graph: Graph,
     plan: Plan,
     truth: Estimates,
     aws: AwsModel,
@@ -59,9 +58,8 @@ def lower_bounds(
 
     Parameters
     ----------
-    graph : Graph
     plan : Plan
-        Only for what the client runs itself and what is kept.
+        Only for its graph, what the client runs itself, and what is kept.
     truth : Estimates
     aws : AwsModel
     window : int
@@ -69,7 +67,7 @@ def lower_bounds(
     inline_bytes : int
         Results up to this size need no commit.
     """
-    client = set(plan.client)
+    graph, client = plan.graph, set(plan.client)
     chain: dict[Key, float] = {}
     path: dict[Key, float] = {}
     read: dict[Key | str, int] = {}
@@ -92,7 +90,9 @@ def lower_bounds(
             read[name] = size
             largest = max(largest, size)
         if largest > inline_bytes:
-            start = max(start, aws.get.median + largest / min(aws.burst_bytes, aws.read_rate(largest)))
+            start = max(
+                start, aws.get.median + largest / min(aws.burst_bytes, aws.read_rate(largest))
+            )
         chain[key] = before + seconds
         path[key] = start + seconds
     written = 0

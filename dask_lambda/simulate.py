@@ -129,9 +129,8 @@ class Simulation:
 
 
 def simulate(
-    graph: Graph,
     plan: Plan,
-    truth: Estimates,
+    truth: Estimates | Callable[[Graph], Estimates],
     aws: AwsModel,
     *,
     window: int = 1000,
@@ -146,11 +145,11 @@ def simulate(
 
     Parameters
     ----------
-    graph : Graph
     plan : Plan
-    truth : Estimates
+        With the graph that it is about.
+    truth : Estimates, or callable
         What each task really takes on the function's processor, and the size of each value: of
-        tasks, literals and stored results.
+        tasks, literals and stored results; or a function of the plan's graph that returns this.
     aws : AwsModel
     window : int
         Invocations in flight.
@@ -167,7 +166,9 @@ def simulate(
     seed : int
         Of all that is random; the same seed gives the same run.
     """
-    run = _Run(graph, plan, truth, aws, window, inline_bytes, keep_results, policy, seed)
+    if not isinstance(truth, Estimates):
+        truth = truth(plan.graph)
+    run = _Run(plan.graph, plan, truth, aws, window, inline_bytes, keep_results, policy, seed)
     if batch is None:
         batch = plan.mode != "none"
     return run.simulate(batch, split)
@@ -270,7 +271,7 @@ class _Run:
         return Simulation(
             self._report(),
             tuple(sorted(self.timeline, key=lambda i: (i.start, i.environment))),
-            lower_bounds(self.graph, self.plan, self.truth, self.aws, self.window),
+            lower_bounds(self.plan, self.truth, self.aws, self.window),
         )
 
     def _at(self, at: float, happen: Callable[[float], None]) -> None:

@@ -207,7 +207,10 @@ class Worker:
         needs = self._needs(environment, groups, inline, traffic, record)
         room = MAX_INLINE_TOTAL_BYTES
         if self._cores is not None:  # shared processors are booked as time goes on: all at once
-            now = self.occupy(now, len(groups) * aws.group_seconds)
+            outputs = sum(nbytes[key] for steps in groups for step in steps for key in step.outputs)
+            moved = sum(traffic.sizes) + (outputs if outputs > inline_bytes else 0)
+            seconds = len(groups) * aws.group_seconds + moved / aws.server_bytes
+            now = self.occupy(now, seconds)
         place = 0
         for steps in groups:
             inside = 0.0

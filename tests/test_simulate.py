@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import dask
@@ -93,7 +94,7 @@ def run(
     plan = make_plan(graph)
     if groups is not None:
         plan = grouped(graph, plan, groups)
-    return simulate(graph, plan, truth_of(graph, seconds, nbytes), aws, **options)
+    return simulate(plan, truth_of(graph, seconds, nbytes), aws, **options)
 
 
 def grouped(graph: Graph, plan: Plan, groups: list[str]) -> Plan:
@@ -111,7 +112,7 @@ def grouped(graph: Graph, plan: Plan, groups: list[str]) -> Plan:
         outputs = tuple(key for key in tasks if key in plan.keep or key in others)
         inputs = tuple(sorted(reads & graph.tasks.keys()))
         found.append(Group(tasks, inputs, outputs, place, kind="group"))
-    return Plan(tuple(found), plan.keep, plan.client, plan.fetch)
+    return replace(plan, groups=tuple(found))
 
 
 # -- the model -----------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def test_inputs_are_fetched_while_tasks_compute():
     assert result.report.wall_seconds == pytest.approx(3.0)
     (only,) = result.timeline
     assert only.waiting == pytest.approx(1.0)
-    assert (only.gets, only.bytes_read) == (2, 150 * MB)
+    assert (only.gets, only.bytes_read) == (2 * 9, 150 * MB)  # in parts of 8 MiB
 
 
 def test_what_is_fetched_ahead_is_bounded():
@@ -254,11 +255,29 @@ def test_what_is_fetched_ahead_is_bounded():
 
 def test_one_request_is_not_faster_than_one_stream_of_s3():
     aws = FREE.replace(
-        get=constant(0.02), put=constant(0.04), stream_bytes=50e6, sustained_bytes=200e6,
+        get=constant(0.02),
+        put=constant(0.04),
+        stream_bytes=5e6,
+        sustained_bytes=200e6,
         burst_bytes=200e6,
-    )  # fmt: skip
-    result = run(sums_of("a", "b a"), aws, nbytes=100 * MB, keep_results=True)
+    )
+    result = run(sums_of("a", "b a"), aws, nbytes=10 * MB, keep_results=True)
     assert result.report.wall_seconds == pytest.approx(2 * (1.0 + 2.0 + 0.04) + 2.0 + 0.02)
+
+
+def test_large_objects_travel_in_parts_in_several_streams():
+    aws = FREE.replace(
+        get=constant(0.02),
+        put=constant(0.04),
+        stream_bytes=5e6,
+        sustained_bytes=200e6,
+        burst_bytes=200e6,
+    )
+    result = run(sums_of("a", "b a"), aws, nbytes=160 * MB, keep_results=True)
+    # Written in 10 parts, 4 at a time, to begin and to complete, and a pointer; read 8 at a time.
+    transfers = 2 * (160 / 20 + 4 * 0.04) + 160 / 40 + 0.02
+    assert result.report.wall_seconds == pytest.approx(2.0 + transfers)
+    assert (result.report.s3_puts, result.report.s3_gets) == (2 * 13, 20)
 
 
 def test_outputs_are_uploaded_while_later_tasks_compute():
@@ -348,10 +367,10 @@ def test_small_groups_share_an_invocation_when_the_planner_says_how_long_they_ta
     known = tuple(
         Group(g.tasks, g.inputs, g.outputs, kind="call", seconds=0.01) for g in plan.groups
     )
-    plan = Plan(known, plan.keep, plan.client, plan.fetch)
+    plan = replace(plan, groups=known)
     truth = truth_of(graph, 0.01)
-    one = simulate(graph, plan, truth, FREE, window=5)
-    several = simulate(graph, plan, truth, FREE, window=5, batch=True)
+    one = simulate(plan, truth, FREE, window=5)
+    several = simulate(plan, truth, FREE, window=5, batch=True)
     assert several.report.invocations < one.report.invocations == 100
     assert several.report.tasks == 100
 
@@ -365,7 +384,7 @@ def test_a_large_literal_is_uploaded_once():
     plan = make_plan(graph)
     for size, puts in ((MB, 1), (100, 0)):
         truth = truth_of(graph, nbytes={"x": size})
-        assert simulate(graph, plan, truth, FREE).report.s3_puts == puts
+        assert simulate(plan, truth, FREE).report.s3_puts == puts
 
 
 def test_results_are_fetched_by_the_client_over_its_own_network():
@@ -441,7 +460,7 @@ def test_no_run_is_faster_than_its_lower_bounds(drawn, window, keep):
     truth = truth_of(graph, seconds, nbytes)
     for mode in ("none", "auto"):
         plan = make_plan(graph, mode=mode, estimates=truth)
-        result = simulate(graph, plan, truth, aws, window=window, keep_results=keep)
+        result = simulate(plan, truth, aws, window=window, keep_results=keep)
         assert not result.report.failed
         assert result.report.tasks == sum(len(group.tasks) for group in plan.groups)
         bounds = result.bounds
@@ -472,7 +491,7 @@ def both_reports(collection: Any, nbytes: int, **options: Any) -> tuple[Any, Any
     expr = collections_to_expr([collection], True).optimize()
     graph = normalise(materialise(expr), list(expr.__dask_keys__()))
     truth = truth_of(graph, 0.0, nbytes)
-    return real, simulate(graph, make_plan(graph), truth, FREE, window=6, **options).report
+    return real, simulate(make_plan(graph), truth, FREE, window=6, **options).report
 
 
 COUNTED = ("tasks", "invocations", "s3_puts", "s3_gets", "s3_lists", "throttles", "retries")
