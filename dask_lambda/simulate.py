@@ -239,7 +239,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.rank = {key: i for i, key in enumerate(self.graph.source)}
+        every = dict.fromkeys((*self.graph.source, *self.graph.tasks))
+        self.rank = {key: i for i, key in enumerate(every)}
         self.state = State(self.window, self.policy, self.seed)
         readers = Counter(key for group in self.plan.groups for key in group.inputs)
         shared = {key for key, count in readers.items() if count > 1}
