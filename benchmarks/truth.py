@@ -137,7 +137,7 @@ class Shapes:
             reference: Reference = arguments[0]
             return Block(self.stored[reference.name])
         self.work.calls += 1
-        rule = _RULES.get(name)
+        rule = _RULES.get(name) or _RULES.get(function.__qualname__)  # the name may be a mask
         if rule is None:
             raise NotImplementedError(f"no rule for {function}")
         return rule(self.work, *arguments, **named)
@@ -386,6 +386,13 @@ def _full(work: Work, *arguments: Any, **named: Any) -> Any:
     return result
 
 
+def _eye(work: Work, *arguments: Any, **named: Any) -> Any:
+    rows, *columns = (each for each in arguments if isinstance(each, int))
+    result = Block((rows, columns[0] if columns else rows))
+    work.moved += result.nbytes
+    return result
+
+
 def _is_shape(x: Any) -> bool:
     return isinstance(x, tuple) and bool(x) and all(isinstance(n, int) for n in x)
 
@@ -422,6 +429,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "_apply_random": _random,
     "_apply_random_func": _random,
     "_conj_transpose": _conj_transpose,
+    "eye": _eye,
+    "_broadcast_trick_inner": _full,
     "zeros": _full,
     "ones": _full,
     "zeros_like": _full,

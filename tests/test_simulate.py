@@ -469,6 +469,18 @@ def test_no_run_is_faster_than_its_lower_bounds(drawn, window, keep):
         assert result.report.wall_seconds >= bounds.bandwidth_seconds - 1e-9
 
 
+def test_sums_that_the_planner_cuts_are_run_as_they_are_cut():
+    x = da.ones((800, 800), chunks=50)
+    expr = collections_to_expr([da.linalg.cholesky(x)], True).optimize()
+    graph = normalise(materialise(expr), list(expr.__dask_keys__()))
+    plan = make_plan(graph, mode="auto", estimates=truth_of(graph, 1.0, 10**8))
+    assert len(plan.graph.tasks) > len(graph.tasks)
+    cut = simulate(plan, lambda graph: truth_of(graph, 1.0, 10**8), AWS, keep_results=True)
+    assert not cut.report.failed
+    whole = simulate(make_plan(graph), truth_of(graph, 1.0, 10**8), AWS, keep_results=True)
+    assert cut.report.wall_seconds < whole.report.wall_seconds
+
+
 def test_a_trace_of_a_real_run_serves_as_the_truth():
     graph = graph_of(
         {"add-1": (operator.add, 1, 2), "mul-2": (operator.mul, "add-1", 3)}, ["mul-2"]
