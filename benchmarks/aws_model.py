@@ -24,8 +24,9 @@ from dask_lambda.aws_model import AWS, AwsModel
 from dask_lambda.cost_model import CostModel
 from dask_lambda.estimates import Estimates
 from dask_lambda.graph import Graph
-from dask_lambda.plan import make_plan, split
+from dask_lambda.plan import make_plan
 from dask_lambda.simulate import Simulation, simulate
+from dask_lambda.splitting import split
 
 #: How a workload is run: its name here, the planner's mode, what the planner is told, environments.
 RUNS = (
@@ -73,7 +74,7 @@ def plan_and_simulate(
     started = time.perf_counter()
     plan = make_plan(graph, mode=mode, finalise=False, estimates=estimates, model=model)
     planning = time.perf_counter() - started
-    smaller = partial(split, plan.graph) if mode == "auto" else None
+    smaller = partial(split, plan.graph, plan.repeated) if mode == "auto" else None
     simulation = simulate(plan, truth, aws, window=window, keep_results=True, split=smaller)
     return plan, simulation, planning
 

@@ -1,4 +1,6 @@
-"""What AWS Lambda and S3 take: the numbers behind the simulator.  Pure.  May import: cost.
+"""What AWS Lambda and S3 take: the numbers behind the simulator.  Pure.
+
+May import: cost, the ground.
 
 Every number is a parameter of :class:`AwsModel` with its source.  Distributions are given by
 quantiles, as they are published; bandwidth is a token bucket; the start of environments is another
@@ -16,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from dask_lambda.cost import Prices
+from lambda_worker.memory import Shares, share_out
 
 #: AWS: one vCPU for each 1,769 MB (Lambda Developer Guide, "Configure Lambda function memory").
 MB_PER_VCPU = 1769
@@ -152,10 +155,10 @@ class AwsModel:
         the last part, to complete, and a pointer (lambda_worker.store).
     requests_in_flight : int
         S3 requests of one environment at the same time (lambda_worker.handler).
-    prefetch_share : float
-        Of the memory, for inputs that are fetched ahead of their need.
-    cache_share : float
-        Of the memory, for inputs that several groups read (lambda_worker.handler).
+    prefetch_bytes : int, optional
+        For inputs that are fetched ahead of their need; default: as lambda_worker.memory says.
+    cache_bytes : int, optional
+        For inputs that several groups read; default: likewise.
     codec_bytes : float
         Bytes a second that are sealed or verified (HMAC-SHA256) on the way to S3 and back.
     group_seconds : float
@@ -211,8 +214,8 @@ class AwsModel:
     write_part: int = 16 * 2**20
     writes_at_once: int = 4
     requests_in_flight: int = 16
-    prefetch_share: float = 0.25
-    cache_share: float = 0.2
+    prefetch_bytes: int | None = None
+    cache_bytes: int | None = None
     codec_bytes: float = 1.5e9
     group_seconds: float = 0.001
     straggler_probability: float = 0.001
@@ -236,14 +239,14 @@ class AwsModel:
         return self.memory_mb / MB_PER_VCPU
 
     @property
-    def cache_bytes(self) -> int:
-        """What an environment keeps of its inputs."""
-        return int(self.memory_mb * 2**20 * self.cache_share)
-
-    @property
-    def prefetch_bytes(self) -> int:
-        """What an environment fetches ahead of its need."""
-        return int(self.memory_mb * 2**20 * self.prefetch_share)
+    def shares(self) -> Shares:
+        """How the worker shares out its memory."""
+        shares = share_out(self.memory_mb)
+        if self.cache_bytes is not None:
+            shares = replace(shares, cache=self.cache_bytes)
+        if self.prefetch_bytes is not None:
+            shares = replace(shares, prefetch=self.prefetch_bytes)
+        return shares
 
     def gets(self, nbytes: int) -> int:
         """Return the requests that it takes to read an object."""

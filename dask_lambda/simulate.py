@@ -259,7 +259,8 @@ class _Run:
 
     def simulate(self, batch: bool, split: Any) -> Simulation:
         if not self.keep_results:
-            for key in self.plan.fetch & self.graph.stored.keys():
+            stored = self.plan.fetch & self.graph.stored.keys()
+            for key in sorted(stored, key=self.rank.__getitem__):
                 self._fetch(0.0, self.truth.nbytes[key])
         added = GroupsAdded(
             "run", self.plan.groups, self.plan.keep, last=True, split=split, batch=batch

@@ -163,6 +163,7 @@ class Worker:
         random: random.Random,
     ):
         self._aws = aws
+        self._shares = aws.shares
         self._nbytes = nbytes
         self._shared = shared
         self._random = random
@@ -203,7 +204,7 @@ class Worker:
         if aws.straggler_probability and self._random.random() < aws.straggler_probability:
             slow = aws.straggler_factor
         record = Timeline(start)
-        traffic = _Traffic(aws, environment.link, start, self._random)
+        traffic = _Traffic(aws, self._shares.prefetch, environment.link, start, self._random)
         needs = self._needs(environment, groups, inline, traffic, record)
         room = MAX_INLINE_TOTAL_BYTES
         if self._cores is not None:  # shared processors are booked as time goes on: all at once
@@ -254,7 +255,7 @@ class Worker:
     ) -> list[range | None]:
         """List all that is to be fetched; return for each task which of it that task needs."""
         aws, nbytes, shared = self._aws, self._nbytes, self._shared
-        limit = aws.cache_bytes
+        limit = self._shares.cache
         place: dict[Key, int] = {}  # of what this invocation fetches
         needs: list[range | None] = []
         for steps in groups:
@@ -294,7 +295,7 @@ class Worker:
         if environment.recall(name):
             record.cache_hits += 1
             return at
-        environment.remember(name, size, self._aws.cache_bytes)
+        environment.remember(name, size, self._shares.cache)
         record.gets += self._aws.gets(size)
         record.bytes_read += size
         return traffic.download(at, size)
@@ -307,9 +308,10 @@ class _Traffic:
     the order in which the first bytes come.
     """
 
-    def __init__(self, aws: AwsModel, link: Link, start: float, random: random.Random):
+    def __init__(self, aws: AwsModel, limit: int, link: Link, start: float, random: random.Random):
         self.sizes: list[int] = []  # of what is to be fetched
         self._aws = aws
+        self._limit = limit  # of what is fetched ahead
         self._link = link
         self._random = random
         self._arrivals: list[float] = []  # of what was fetched, infinite while it is not there
@@ -383,7 +385,7 @@ class _Traffic:
     def _issue(self) -> bool:
         """Start as many fetches as there are connections and room for."""
         issued = False
-        limit = self._aws.prefetch_bytes
+        limit = self._limit
         sizes = self.sizes
         while (
             self._slots

@@ -223,7 +223,7 @@ def test_small_results_travel_inline_and_large_ones_through_s3():
 def test_an_environment_keeps_what_several_groups_read():
     result = run(sums_of("a", "b a", "c a b"), nbytes=MB, keep_results=True)
     assert result.report.s3_gets == 2  # a by b, b by c, in the same environment
-    nothing = FREE.replace(cache_share=0.0)
+    nothing = FREE.replace(cache_bytes=0)
     assert (
         run(sums_of("a", "b a", "c a b"), nothing, nbytes=MB, keep_results=True).report.s3_gets == 3
     )
@@ -242,14 +242,14 @@ def test_inputs_are_fetched_while_tasks_compute():
 
 
 def test_what_is_fetched_ahead_is_bounded():
-    aws = FREE.replace(sustained_bytes=75e6, burst_bytes=75e6, memory_mb=400, prefetch_share=0.25)
+    aws = FREE.replace(sustained_bytes=75e6, burst_bytes=75e6, prefetch_bytes=100 * MB)
     stored = {name: (load_reference, Reference(f"0/p/r/{name}", 75 * MB)) for name in "xy"}
     dsk = {**stored, "a": task("x"), "b": task("y", "a")}
     # There is no room for y before a has begun, which is when it would have been next anyway.
     sizes = {"x": 75 * MB, "y": 75 * MB}
     assert run(dsk, aws, nbytes=sizes, groups=["a b"]).report.wall_seconds == pytest.approx(3.0)
     # With room for both it is no faster: one network.
-    roomy = aws.replace(memory_mb=4000)
+    roomy = aws.replace(prefetch_bytes=200 * MB)
     assert run(dsk, roomy, nbytes=sizes, groups=["a b"]).report.wall_seconds == pytest.approx(3.0)
 
 
