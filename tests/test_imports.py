@@ -18,6 +18,7 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
     *("__main__", "cli", "__init__", "scheduler", "annotations", "dispatch", "run"),
+    *("simulate", "bounds", "timeline", "aws_model"),
     *("invoke", "encode", "pickling", "failures", "state", "splitting", "plan", "grouping"),
     "folding",
     *("history", "estimates", "graph", "cost_model", "kernels"),
@@ -30,7 +31,7 @@ GROUND = [
 ]
 PURE = [
     *("state", "splitting", "plan", "grouping", "folding", "estimates", "graph", "cost_model"),
-    *("kernels", "failures", "cost"),
+    *("kernels", "failures", "cost", "simulate", "bounds", "timeline", "aws_model"),
 ]
 WORLD = {
     *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),
