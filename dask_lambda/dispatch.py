@@ -66,6 +66,8 @@ DELETE_BATCH = 1000
 MAX_HELD_BYTES = 256 * 2**20
 #: How long closing waits for invocations in flight, whose outputs are then deleted.
 CLOSE_SECONDS = 0.5
+#: How long obstore's threads get at the end of the interpreter, to hand over what is done.
+REST_SECONDS = 0.05
 
 
 class Backend(Protocol):
@@ -237,6 +239,15 @@ class Engine:
             logger.warning("closing the engine took too long; objects may be left in the bucket")
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+
+    def close_at_exit(self) -> None:
+        """Close before the interpreter ends, and let obstore's threads come to rest.
+
+        A thread of obstore that hands over a result sends a byte to the loop, for which it lets the
+        interpreter go; if it wants it back when the interpreter has ended, the process aborts.
+        """
+        self.close()
+        time.sleep(REST_SECONDS)
 
     # -- in the engine's thread ------------------------------------------------------------------
 

@@ -203,7 +203,7 @@ class LambdaScheduler:
             engines, self._engines = self._engines, {}
         for engine in engines.values():
             engine.close()
-            atexit.unregister(engine.close)
+            atexit.unregister(engine.close_at_exit)
 
     # -- one run ---------------------------------------------------------------------------------
 
@@ -351,7 +351,7 @@ class LambdaScheduler:
                 engine.close()
                 raise
             self._engines[connection] = engine
-            atexit.register(engine.close)  # before the embedded AWS, which registered earlier
+            atexit.register(engine.close_at_exit)  # before the embedded AWS, which registered earlier
             return engine
 
 
