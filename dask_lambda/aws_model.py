@@ -19,6 +19,7 @@ from typing import Any
 
 from dask_lambda.cost import Prices
 from lambda_worker.memory import Shares, share_out
+from lambda_worker.store import PARTS_AT_ONCE, RANGES_AT_ONCE, Parts
 
 #: AWS: one vCPU for each 1,769 MB (Lambda Developer Guide, "Configure Lambda function memory").
 MB_PER_VCPU = 1769
@@ -147,12 +148,11 @@ class AwsModel:
         then 75 MB/s (Skyrise; sjakthol's measurements).
     stream_bytes : float
         Bandwidth of one S3 request: 85 to 90 MB/s ("Performance design patterns for Amazon S3").
-    read_above, read_part, reads_at_once : int
-        Objects above so many bytes are read in parts of so many bytes, so many of them at the same
-        time (lambda_worker.store).
-    write_above, write_part, writes_at_once : int
-        The same for writing.  In parts it takes four requests one after the other: to begin,
-        the last part, to complete, and a pointer (lambda_worker.store).
+    parts : Parts
+        In which large objects travel (lambda_worker.store).  Writing in parts takes four requests
+        one after the other: to begin, the last part, to complete, and a pointer.
+    reads_at_once, writes_at_once : int
+        Parts of one object at the same time (lambda_worker.store).
     requests_in_flight : int
         S3 requests of one environment at the same time (lambda_worker.handler).
     prefetch_bytes : int, optional
@@ -207,12 +207,9 @@ class AwsModel:
     sustained_bytes: float = 75e6
     bucket_bytes: float = 290e6
     stream_bytes: float = 90e6
-    read_above: int = 16 * 2**20
-    read_part: int = 8 * 2**20
-    reads_at_once: int = 8
-    write_above: int = 64 * 2**20
-    write_part: int = 16 * 2**20
-    writes_at_once: int = 4
+    parts: Parts = field(default_factory=Parts)
+    reads_at_once: int = RANGES_AT_ONCE
+    writes_at_once: int = PARTS_AT_ONCE
     requests_in_flight: int = 16
     prefetch_bytes: int | None = None
     cache_bytes: int | None = None
@@ -250,11 +247,13 @@ class AwsModel:
 
     def gets(self, nbytes: int) -> int:
         """Return the requests that it takes to read an object."""
-        return 1 if nbytes <= self.read_above else -(-nbytes // self.read_part)
+        parts = self.parts
+        return 1 if nbytes <= parts.read_above else -(-nbytes // parts.read)
 
     def puts(self, nbytes: int) -> int:
         """Return the requests that it takes to write an object."""
-        return 1 if nbytes <= self.write_above else 3 - (-nbytes // self.write_part)
+        parts = self.parts
+        return 1 if nbytes <= parts.write_above else 3 - (-nbytes // parts.write)
 
     def read_rate(self, nbytes: int) -> float:
         """Return the bytes a second at which an object can be read, bandwidth permitting."""
@@ -262,7 +261,7 @@ class AwsModel:
 
     def write_rate(self, nbytes: int) -> float:
         """Return the bytes a second at which an object can be written, bandwidth permitting."""
-        if nbytes <= self.write_above:
+        if nbytes <= self.parts.write_above:
             return self.stream_bytes
         return self.stream_bytes * self.writes_at_once
 
