@@ -2,10 +2,11 @@
 
 May import: cost, the ground.
 
-Every number is a parameter of :class:`AwsModel` with its source.  Distributions are given by
-quantiles, as they are published; bandwidth is a token bucket; the start of environments is another
-one.  :data:`AWS` is us-east-1 as its sources describe it, :data:`EMBEDDED` the embedded AWS on a
-machine with two cores, against which the simulator is checked (``benchmarks/aws_model.py``).
+Every number is a parameter of :class:`AwsModel` with its source, or marked as assumed.
+Distributions are given by quantiles, as they are published; bandwidth is a token bucket; the start
+of environments is another one.  :data:`AWS` is us-east-1 as its sources describe it,
+:data:`EMBEDDED` the embedded AWS on a machine with two cores, against which the simulator is
+checked (``benchmarks/aws_model.py``).
 """
 
 from __future__ import annotations
@@ -132,9 +133,10 @@ class AwsModel:
     warm_environments : int
         Environments that are warm when the run begins: those of an earlier run.
     invoke : Quantiles
-        A synchronous Invoke of a warm environment, without the handler: 20 to 50 ms.
+        A synchronous Invoke of a warm environment, without the handler: 20 to 50 ms; the tail
+        is assumed.
     refuse : Quantiles
-        An answer of 429 or 5xx.
+        An answer of 429 or 5xx (assumed).
     cold_start : Quantiles
         Added by a new environment: Python 200 to 400 ms at the median, 0.8 to 1.2 s at 0.99.
     import_seconds : float
@@ -142,7 +144,7 @@ class AwsModel:
         cold start).
     get, put : Quantiles
         Time to the first byte of an S3 GET, and of a PUT beyond its transfer: 1 KB objects from
-        Lambda (raw data of the Skyrise project: hpides/skyrise).
+        Lambda (raw data of the Skyrise project: hpides/skyrise); below the median assumed.
     burst_bytes, sustained_bytes, bucket_bytes : float
         Bandwidth of one environment, both directions together: about 290 MB at up to 350 MB/s,
         then 75 MB/s (Skyrise; sjakthol's measurements).
@@ -160,11 +162,13 @@ class AwsModel:
     cache_bytes : int, optional
         For inputs that several groups read; default: likewise.
     codec_bytes : float
-        Bytes a second that are sealed or verified (HMAC-SHA256) on the way to S3 and back.
+        Bytes a second that are sealed or verified (HMAC-SHA256) on the way to S3 and back
+        (assumed).
     group_seconds : float
-        Of a worker for each group: unpickling its tasks, naming its objects.
+        Of a worker for each group: unpickling its tasks, naming its objects (assumed).
     straggler_probability, straggler_factor : float
-        Invocations whose tasks take that much longer: a slower processor, a noisy neighbour.
+        Invocations whose tasks take that much longer: a slower processor, a noisy neighbour
+        (assumed).
     error_probability : float
         Requests that are answered with a 5xx.
     death_probability : float
@@ -172,7 +176,7 @@ class AwsModel:
     client_seconds : float
         Of the client's processor for each invocation, one after the other (docs/benchmarks.md).
     client_bytes : float
-        The client's bandwidth: 1 Gbit/s.
+        The client's bandwidth: 1 Gbit/s (assumed).
     client_get, client_put : Quantiles, optional
         S3 requests of the client; as those of the workers if not given.
     request_bytes : int
