@@ -68,6 +68,7 @@ bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.overhead
 	@$(BIN)/python -m benchmarks.overhead --memory
 	@$(BIN)/python -m benchmarks.cold_start
+	@$(BIN)/python -m benchmarks.aws_model --small
 	@$(MAKE) --no-print-directory bench-peers
 
 # The systems that dask_lambda is measured next to live in environments of their own.

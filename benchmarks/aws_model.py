@@ -162,8 +162,7 @@ def plot(found: list[Row], path: str) -> None:
         axes.scatter(x, y, s=46, color=colour, marker=marker, label=label, zorder=3)
     base = {row.workload: row for row in found}
     bounds = [
-        max(row.critical_path_seconds, row.bandwidth_seconds, row.work_seconds)
-        for row in base.values()
+        min(row.seconds / row.ratio for row in found if row.workload == name) for name in base
     ]
     y = [heights[name] for name in base]
     axes.scatter(bounds, y, marker="|", s=260, color="black", label="lower bound", zorder=2)

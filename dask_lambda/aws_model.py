@@ -2,10 +2,11 @@
 
 May import: cost, the ground.
 
-Every number is a parameter of :class:`AwsModel` with its source.  Distributions are given by
-quantiles, as they are published; bandwidth is a token bucket; the start of environments is another
-one.  :data:`AWS` is us-east-1 as its sources describe it, :data:`EMBEDDED` the embedded AWS on a
-machine with two cores, against which the simulator is checked (``benchmarks/aws_model.py``).
+Every number is a parameter of :class:`AwsModel` with its source, or marked as assumed.
+Distributions are given by quantiles, as they are published; bandwidth is a token bucket; the start
+of environments is another one.  :data:`AWS` is us-east-1 as its sources describe it,
+:data:`EMBEDDED` the embedded AWS on a machine with two cores, against which the simulator is
+checked (``benchmarks/aws_model.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from dask_lambda.cost import Prices
 from lambda_worker.memory import Shares, share_out
+from lambda_worker.store import PARTS_AT_ONCE, RANGES_AT_ONCE, Parts
 
 #: AWS: one vCPU for each 1,769 MB (Lambda Developer Guide, "Configure Lambda function memory").
 MB_PER_VCPU = 1769
@@ -131,9 +133,10 @@ class AwsModel:
     warm_environments : int
         Environments that are warm when the run begins: those of an earlier run.
     invoke : Quantiles
-        A synchronous Invoke of a warm environment, without the handler: 20 to 50 ms.
+        A synchronous Invoke of a warm environment, without the handler: 20 to 50 ms; the tail
+        is assumed.
     refuse : Quantiles
-        An answer of 429 or 5xx.
+        An answer of 429 or 5xx (assumed).
     cold_start : Quantiles
         Added by a new environment: Python 200 to 400 ms at the median, 0.8 to 1.2 s at 0.99.
     import_seconds : float
@@ -141,18 +144,17 @@ class AwsModel:
         cold start).
     get, put : Quantiles
         Time to the first byte of an S3 GET, and of a PUT beyond its transfer: 1 KB objects from
-        Lambda (raw data of the Skyrise project: hpides/skyrise).
+        Lambda (raw data of the Skyrise project: hpides/skyrise); below the median assumed.
     burst_bytes, sustained_bytes, bucket_bytes : float
         Bandwidth of one environment, both directions together: about 290 MB at up to 350 MB/s,
         then 75 MB/s (Skyrise; sjakthol's measurements).
     stream_bytes : float
         Bandwidth of one S3 request: 85 to 90 MB/s ("Performance design patterns for Amazon S3").
-    read_above, read_part, reads_at_once : int
-        Objects above so many bytes are read in parts of so many bytes, so many of them at the same
-        time (lambda_worker.store).
-    write_above, write_part, writes_at_once : int
-        The same for writing.  In parts it takes four requests one after the other: to begin,
-        the last part, to complete, and a pointer (lambda_worker.store).
+    parts : Parts
+        In which large objects travel (lambda_worker.store).  Writing in parts takes four requests
+        one after the other: to begin, the last part, to complete, and a pointer.
+    reads_at_once, writes_at_once : int
+        Parts of one object at the same time (lambda_worker.store).
     requests_in_flight : int
         S3 requests of one environment at the same time (lambda_worker.handler).
     prefetch_bytes : int, optional
@@ -160,11 +162,13 @@ class AwsModel:
     cache_bytes : int, optional
         For inputs that several groups read; default: likewise.
     codec_bytes : float
-        Bytes a second that are sealed or verified (HMAC-SHA256) on the way to S3 and back.
+        Bytes a second that are sealed or verified (HMAC-SHA256) on the way to S3 and back
+        (assumed).
     group_seconds : float
-        Of a worker for each group: unpickling its tasks, naming its objects.
+        Of a worker for each group: unpickling its tasks, naming its objects (assumed).
     straggler_probability, straggler_factor : float
-        Invocations whose tasks take that much longer: a slower processor, a noisy neighbour.
+        Invocations whose tasks take that much longer: a slower processor, a noisy neighbour
+        (assumed).
     error_probability : float
         Requests that are answered with a 5xx.
     death_probability : float
@@ -172,7 +176,7 @@ class AwsModel:
     client_seconds : float
         Of the client's processor for each invocation, one after the other (docs/benchmarks.md).
     client_bytes : float
-        The client's bandwidth: 1 Gbit/s.
+        The client's bandwidth: 1 Gbit/s (assumed).
     client_get, client_put : Quantiles, optional
         S3 requests of the client; as those of the workers if not given.
     request_bytes : int
@@ -207,12 +211,9 @@ class AwsModel:
     sustained_bytes: float = 75e6
     bucket_bytes: float = 290e6
     stream_bytes: float = 90e6
-    read_above: int = 16 * 2**20
-    read_part: int = 8 * 2**20
-    reads_at_once: int = 8
-    write_above: int = 64 * 2**20
-    write_part: int = 16 * 2**20
-    writes_at_once: int = 4
+    parts: Parts = field(default_factory=Parts)
+    reads_at_once: int = RANGES_AT_ONCE
+    writes_at_once: int = PARTS_AT_ONCE
     requests_in_flight: int = 16
     prefetch_bytes: int | None = None
     cache_bytes: int | None = None
@@ -250,11 +251,13 @@ class AwsModel:
 
     def gets(self, nbytes: int) -> int:
         """Return the requests that it takes to read an object."""
-        return 1 if nbytes <= self.read_above else -(-nbytes // self.read_part)
+        parts = self.parts
+        return 1 if nbytes <= parts.read_above else -(-nbytes // parts.read)
 
     def puts(self, nbytes: int) -> int:
         """Return the requests that it takes to write an object."""
-        return 1 if nbytes <= self.write_above else 3 - (-nbytes // self.write_part)
+        parts = self.parts
+        return 1 if nbytes <= parts.write_above else 3 - (-nbytes // parts.write)
 
     def read_rate(self, nbytes: int) -> float:
         """Return the bytes a second at which an object can be read, bandwidth permitting."""
@@ -262,7 +265,7 @@ class AwsModel:
 
     def write_rate(self, nbytes: int) -> float:
         """Return the bytes a second at which an object can be written, bandwidth permitting."""
-        if nbytes <= self.write_above:
+        if nbytes <= self.parts.write_above:
             return self.stream_bytes
         return self.stream_bytes * self.writes_at_once
 

@@ -363,7 +363,7 @@ class _Traffic:
         aws = self._aws
         at = max(at + nbytes / aws.codec_bytes, self._uploads[0])
         delay = aws.put.sample(self._random)
-        if nbytes > aws.write_above:
+        if nbytes > aws.parts.write_above:
             delay += sum(aws.put.sample(self._random) for _ in range(3))
         # The connection is free again at about this time; the link knows it better, but later.
         heapq.heapreplace(self._uploads, at + delay + nbytes / aws.write_rate(nbytes))

@@ -261,8 +261,8 @@ def test_one_request_is_not_faster_than_one_stream_of_s3():
         sustained_bytes=200e6,
         burst_bytes=200e6,
     )
-    result = run(sums_of("a", "b a"), aws, nbytes=10 * MB, keep_results=True)
-    assert result.report.wall_seconds == pytest.approx(2 * (1.0 + 2.0 + 0.04) + 2.0 + 0.02)
+    result = run(sums_of("a", "b a"), aws, nbytes=5 * MB, keep_results=True)
+    assert result.report.wall_seconds == pytest.approx(2 * (1.0 + 1.0 + 0.04) + 1.0 + 0.02)
 
 
 def test_large_objects_travel_in_parts_in_several_streams():
@@ -388,8 +388,8 @@ def test_a_large_literal_is_uploaded_once():
 
 
 def test_results_are_fetched_by_the_client_over_its_own_network():
-    aws = FREE.replace(client_bytes=10e6)
-    result = run(calls(4), aws, nbytes=10 * MB)
+    aws = FREE.replace(client_bytes=5e6)
+    result = run(calls(4), aws, nbytes=5 * MB)
     assert result.report.s3_gets == 4
     assert result.report.wall_seconds == pytest.approx(1.0 + 4.0)
 
