@@ -69,7 +69,7 @@ def plan_and_simulate(
     told: str,
 ) -> tuple[Any, Simulation, float]:
     """Return the plan, the simulated run, and the seconds that planning took here."""
-    model = CostModel(window=window, memory_bytes=aws.memory_mb * 2**20)
+    model = CostModel.of(aws.memory_mb, window=window)
     estimates = truth(graph) if told == "exact" else None
     started = time.perf_counter()
     plan = make_plan(graph, mode=mode, finalise=False, estimates=estimates, model=model)

@@ -7,6 +7,7 @@ give.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from dask_lambda.cost import Prices
 from dask_lambda.kernels import Speed
@@ -42,8 +43,8 @@ class CostModel:
         The part of it that tasks may fill: the rest is the interpreter, the cache, and inputs
         and outputs on their way.
     group_seconds : float
-        The longest that an invocation of several tasks is planned to take, a third of Lambda's
-        limit: what a failure costs, and how wrong an estimate may be.
+        The longest that an invocation of several tasks is planned to take, two thirds of
+        Lambda's limit.
     waiting_usd : float
         What a second of waiting is worth in US dollars: 36 dollars an hour.  A plan that takes a
         second longer must be so much cheaper.
@@ -69,12 +70,22 @@ class CostModel:
     window: int = 1000
     memory_bytes: int = 1769 * 2**20
     task_memory: float = 0.6
-    group_seconds: float = 300.0
+    group_seconds: float = 600.0
     waiting_usd: float = 0.01
     tolerance: float = 0.1
     fold_seconds: float = 1.0
     speed: Speed = field(default_factory=Speed)
     prices: Prices = field(default_factory=Prices)
+
+    @classmethod
+    def of(cls, memory_mb: int, timeout: float = 900.0, **settings: Any) -> CostModel:
+        """Return the model of a function with so much memory, and so many seconds of time-out."""
+        return cls(
+            memory_bytes=memory_mb * 2**20,
+            speed=Speed.of(memory_mb),
+            group_seconds=timeout * 2 / 3,
+            **settings,
+        )
 
     @property
     def room(self) -> float:

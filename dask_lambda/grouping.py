@@ -33,6 +33,9 @@ from dask_lambda.kernels import Catalogue
 from lambda_worker.folds import find_folds
 from lambda_worker.protocol import Key
 
+#: A longer path is doubted (:attr:`CostModel.tolerance`) if so many times what is saved makes up
+#: for it: nobody gives a second for nothing.
+DOUBT = 10.0
 #: Tiles of one block at the most.
 MAX_TILES = 64
 
@@ -530,7 +533,8 @@ class Grouping:
         path = after - before
         saved = -(seconds / model.window + usd / model.waiting_usd)
         good = path <= saved + 1e-9
-        if not good and saved > 0 and path <= model.tolerance * before - self._tolerated:
+        doubt = min(model.tolerance * before - self._tolerated, DOUBT * saved)
+        if not good and path <= doubt:
             self._tolerated += path
             good = True
         if note or good:

@@ -32,7 +32,6 @@ from dask_lambda.errors import ConfigurationError
 from dask_lambda.estimates import Estimates, estimate, guess
 from dask_lambda.graph import Graph
 from dask_lambda.history import History
-from dask_lambda.kernels import Speed
 from dask_lambda.plan import Group, Plan, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
@@ -351,7 +350,9 @@ class LambdaScheduler:
                 engine.close()
                 raise
             self._engines[connection] = engine
-            atexit.register(engine.close_at_exit)  # before the embedded AWS, which registered earlier
+            atexit.register(
+                engine.close_at_exit
+            )  # before the embedded AWS, which registered earlier
             return engine
 
 
@@ -377,12 +378,8 @@ class _Planner:
     ):
         self._graph, self._settings, self._annotations = graph, settings, annotations
         self._alone = annotations.memory(memory_mb)
-        self._model = CostModel(
-            inline_bytes=settings.inline_bytes,
-            window=window,
-            memory_bytes=memory_mb * 2**20,
-            speed=Speed.of(memory_mb),
-            group_seconds=min(CostModel.group_seconds, settings.timeout / 3),
+        self._model = CostModel.of(
+            memory_mb, settings.timeout, inline_bytes=settings.inline_bytes, window=window
         )
         self._guessed = Estimates({}, {})
 
