@@ -53,13 +53,6 @@ def test_what_was_long_ago_is_forgotten() -> None:
     assert found[0] == pytest.approx(2.0, rel=0.01)
 
 
-def test_tasks_of_the_planners_own_are_not_learned_from() -> None:
-    history = History()
-    tasks = [("add-1", 0), ("add-1-prefix", 0, 0)]
-    history.learn(GUESSED, tasks, {"add": (2, 5.0, 100)})
-    assert history.ratio("add") == (5.0, 1.0)
-
-
 def test_other_names_of_a_task_are_not_learned_from() -> None:
     history = History()
     history.learn(GUESSED, [("add-1", 0)], {"add": (1, 1.0, 100), "alias": (1, 1e-6, 100)})
