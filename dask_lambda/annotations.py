@@ -8,6 +8,7 @@ are active when it is computed, and these over the settings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from dask.utils import parse_bytes
 
 from dask_lambda.errors import ConfigurationError, OutOfMemoryError
 from lambda_worker.protocol import Key
+
+#: In place of a key: what was active when the graph was computed, and is said of all its tasks.
+_ALL = "the computation"
 
 
 class Annotations:
@@ -41,12 +45,34 @@ class Annotations:
             return active
         return lambda key: of_keys.get(key, active)
 
-    def maybe(self, name: str) -> Callable[[Key], Any] | None:
-        """Return an annotation as a function of the key, None if nobody uses it."""
-        found = self.of(name, None)
-        if found is None or callable(found):
-            return found
-        return lambda key: found
+    def seconds(self) -> Callable[[Key], float | None] | None:
+        """Return how long tasks are said to take as a function of the key, None if nobody says so.
+
+        Raises
+        ------
+        ConfigurationError
+            If what is said is no number of seconds.
+        """
+        return self._numbers("seconds", _seconds)
+
+    def nbytes(self) -> Callable[[Key], int | None] | None:
+        """Return how large results are said to be, in the same way; "2 MB" is a number."""
+        return self._numbers("nbytes", parse_bytes)
+
+    def _numbers(self, name: str, number: Callable[[Any], Any]) -> Callable[[Key], Any] | None:
+        said = self._said(name)
+        if not said:
+            return None
+        numbers = {key: _number(name, key, value, number) for key, value in said.items()}
+        usual = numbers.get(_ALL)
+        return lambda key: numbers.get(key, usual)
+
+    def _said(self, name: str) -> dict[Key, Any]:
+        """Return all that is said under a name, by key."""
+        said = dict(self._of_keys.get(name, {}))
+        if (active := self._active.get(name)) is not None:
+            said[_ALL] = active
+        return said
 
     def memory(self, memory_mb: int) -> Callable[[Key], Any] | None:
         """Check what tasks say that they need; tell those apart that say anything.
@@ -66,23 +92,31 @@ class Annotations:
         OutOfMemoryError
             If a task needs more than the function has.
         """
-        said = self.maybe("memory")
-        if said is None:
+        said = self._said("memory")
+        if not said:
             return None
-        declared = dict(self._of_keys.get("memory", {}))
-        if (active := self._active.get("memory")) is not None:
-            declared.setdefault("the computation", active)
-        for key, text in declared.items():
-            try:
-                nbytes = parse_bytes(text)
-            except ValueError as error:
-                raise ConfigurationError(
-                    f"the annotation memory={text!r} of {key!r} is not a number of bytes: {error}"
-                ) from error
-            if nbytes > memory_mb * 2**20:
+        for key, text in said.items():
+            if _number("memory", key, text, parse_bytes) > memory_mb * 2**20:
                 raise OutOfMemoryError(
                     f"Task {key!r} is annotated with memory={text!r}, more than the function's "
                     f"{memory_mb:,} MB; nothing was sent. Give the function more memory "
                     "(dask-lambda.memory; Lambda allows 10,240 MB), or make the chunks smaller."
                 )
-        return lambda key: None if said(key) is None else key
+        everyone = _ALL in said
+        return lambda key: key if everyone or key in said else None
+
+
+def _number(name: str, key: Key, value: Any, number: Callable[[Any], Any]) -> Any:
+    try:
+        return number(value)
+    except (ValueError, TypeError, AttributeError) as error:  # of what is not even a text
+        what = "seconds" if name == "seconds" else "bytes"
+        raise ConfigurationError(
+            f"the annotation {name}={value!r} of {key!r} is not a number of {what}: {error}"
+        ) from error
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError("it must be 0 or more")
+    return float(value)

@@ -255,8 +255,11 @@ def _is_item(task: Task) -> bool:
 
 
 def _of_function(function: Any) -> Iterator[Family]:
-    if isinstance(function, partial):
+    if _is_partial(function):
+        name = getattr(function.func, "__name__", "")
         yield from _of_function(function.func)
+        if _FAMILIES.get(name) is Family.BROADCAST:
+            return  # of which the function that it holds makes one element
         for each in (*function.args, *function.keywords.values()):
             if callable(each) and not isinstance(each, type):
                 yield from _of_function(each)
@@ -288,6 +291,13 @@ def _of_function(function: Any) -> Iterator[Family]:
         yield Family.UNKNOWN
 
 
+def _is_partial(function: Any) -> bool:
+    """Tell partial functions, also those of toolz, which Dask gives the names of what they make."""
+    return isinstance(function, partial) or (
+        type(function).__name__ == "curry" and hasattr(function, "keywords")
+    )
+
+
 def _made_bytes(task: GraphNode) -> int:
     """Return the bytes of the largest block that a task holds, or makes of nothing."""
     return max(_sizes(task), default=0)
@@ -302,7 +312,10 @@ def _sizes(part: Any) -> Iterator[int]:
                 yield from _sizes(inner)
             yield from _sizes(list(part.args[3:]))
             return
-        name = getattr(part.func, "__name__", "")
+        function: Any = part.func
+        while _is_partial(function):
+            function = function.func
+        name = getattr(function, "__name__", "")
         if name == "arange" and len(part.args) > 3 and isinstance(part.args[3], int):
             yield part.args[3] * ITEM
         elif name == "linspace" and len(part.args) > 2 and isinstance(part.args[2], int):

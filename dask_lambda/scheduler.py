@@ -404,8 +404,8 @@ class _Planner:
             self._guessed,
             self._graph,
             ratio=history.ratio,
-            said_seconds=self._annotations.maybe("seconds"),
-            said_nbytes=self._annotations.maybe("nbytes"),
+            said_seconds=self._annotations.seconds(),
+            said_nbytes=self._annotations.nbytes(),
             default_seconds=self._settings.default_task_seconds,
         )
         return make_plan(
