@@ -1044,3 +1044,16 @@ def test_a_group_of_a_run_that_has_ended_is_not_split():
     script.end("b", RESOURCES)
     assert script.in_flight() == []
     assert script.drained() == ["r"]
+
+
+@pytest.mark.parametrize(("priority", "batches"), [(0, ["k0"]), (9, ["new0", "new1"])])
+def test_what_was_tried_before_and_what_is_new_are_apart(priority, batches):
+    script = Script(window=1, policy=Policy(batch_groups=4))
+    script.add("r", group("k0", kind="k", seconds=0.0, priority=priority, retries=1), last=False)
+    script.end("k0", TASK)
+    script.add("r", group("long", kind="z", priority=5), last=False)
+    new = [group(f"new{i}", kind="k", seconds=0.0, priority=6) for i in range(2)]
+    script.add("r", *new, batch=True)
+    script.wake()  # all three are ready, and wait for the long one
+    script.end("long")
+    assert script.batches() == [batches]
