@@ -361,6 +361,21 @@ def test_a_task_that_is_not_alike_stays_alone_and_is_not_repeated() -> None:
     assert not plan.repeated
 
 
+def test_a_view_is_not_repeated_by_readers_with_other_retries() -> None:
+    dsk: dict[Any, Any] = {
+        "data": Task("data", combine, 1),
+        "view": Task("view", np.transpose, TaskRef("data")),
+        "other": Task("other", combine, TaskRef("data")),
+        **{f"use-{i}": Task(f"use-{i}", combine, TaskRef("view")) for i in range(3)},
+    }
+    graph = normalise(dsk, ["other", *(f"use-{i}" for i in range(3))])
+    sizes, times = dict.fromkeys(dsk, 100 * MB), dict.fromkeys(dsk, 1e-6)
+    estimates = Estimates(times, sizes)
+    assert plan_of(graph, estimates=estimates).repeated == {"view"}
+    plan = plan_of(graph, estimates=estimates, retries=lambda key: int(key == "use-1"))
+    assert not plan.repeated
+
+
 def held(plan: Plan, group: Group, nbytes: dict[Any, int]) -> int:
     """The most that a group holds: what was made and is still needed, and what a task reads."""
     last = {d: key for key in group.tasks for d in plan.graph.dependencies(key)}
