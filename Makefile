@@ -53,6 +53,9 @@ test: $(INSTALLED) $(VENV)/tmp ## Run our tests, then a sample of Dask's own tes
 	@$(BIN)/python -m pytest tests
 	@echo "==> Dask's own tests (a sample)"
 	@$(BIN)/python -m tests.conformance --sample
+	@echo "==> Part of them with one invocation for each task"
+	@DASK_DASK_LAMBDA__PLAN=none $(BIN)/python -m tests.conformance --sample \
+	    dask.tests.test_delayed dask.bag.tests.test_bag dask.array.tests.test_reductions
 
 lint: $(INSTALLED) ## Check style and types
 	@echo "==> ruff"
@@ -67,6 +70,7 @@ conformance: $(INSTALLED) $(VENV)/tmp ## Run all of Dask's array, bag, delayed a
 bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.overhead
 	@$(BIN)/python -m benchmarks.overhead --memory
+	@$(BIN)/python -m benchmarks.plans
 	@$(BIN)/python -m benchmarks.cold_start
 	@$(BIN)/python -m benchmarks.aws_model --small
 	@$(MAKE) --no-print-directory bench-peers

@@ -43,8 +43,8 @@ class CostModel:
         The part of it that tasks may fill: the rest is the interpreter, the cache, and inputs
         and outputs on their way.
     group_seconds : float
-        The longest that an invocation of several tasks is planned to take, two thirds of
-        Lambda's limit.
+        The longest that an invocation of several tasks is planned to take: a third of Lambda's
+        limit, for estimates may be wrong, and some environments are slow.
     waiting_usd : float
         What a second of waiting is worth in US dollars: 36 dollars an hour.  A plan that takes a
         second longer must be so much cheaper.
@@ -70,7 +70,7 @@ class CostModel:
     window: int = 1000
     memory_bytes: int = 1769 * 2**20
     task_memory: float = 0.6
-    group_seconds: float = 600.0
+    group_seconds: float = 300.0
     waiting_usd: float = 0.01
     tolerance: float = 0.1
     fold_seconds: float = 1.0
@@ -83,7 +83,7 @@ class CostModel:
         return cls(
             memory_bytes=memory_mb * 2**20,
             speed=Speed.of(memory_mb),
-            group_seconds=timeout * 2 / 3,
+            group_seconds=timeout / 3,
             **settings,
         )
 

@@ -1,4 +1,6 @@
-"""Which tasks run together.  Pure.  May import: kernels, estimates, cost_model, graph, errors.
+"""Which tasks run together.  Pure.
+
+May import: tiling, units, kernels, estimates, cost_model, graph, the ground.
 
 Data that has one reader should not leave the worker, and what is cheaper to make than to read
 should not be stored.  Three steps, each of which compares seconds (:mod:`dask_lambda.cost_model`):
@@ -12,7 +14,7 @@ should not be stored.  Three steps, each of which compares seconds (:mod:`dask_l
    window; Graham's bound for list scheduling is their sum (Bell System Technical Journal 45,
    1966).  That, and the money in the time that it is worth, must not grow.
 3. *Tiles*.  Where a class has more groups than the window, groups whose keys are neighbours are put
-   into blocks: a block of p x q tiles of a matrix product reads p + q panels in place of 2 p q.
+   into blocks (:mod:`dask_lambda.tiling`).
 """
 
 from __future__ import annotations
@@ -20,8 +22,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 from dask.utils import key_split
@@ -30,63 +30,14 @@ from dask_lambda.cost_model import CostModel
 from dask_lambda.estimates import Estimates
 from dask_lambda.graph import Graph
 from dask_lambda.kernels import Catalogue
+from dask_lambda.tiling import Tiling
+from dask_lambda.units import Decision, Unit, indices, layer
 from lambda_worker.folds import find_folds
 from lambda_worker.protocol import Key
 
 #: A longer path is doubted (:attr:`CostModel.tolerance`) if so many times what is saved makes up
 #: for it: nobody gives a second for nothing.
 DOUBT = 10.0
-#: Tiles of one block at the most.
-MAX_TILES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Why some tasks run together, or why they do not.
-
-    Attributes
-    ----------
-    what : str
-        "repeat", "join", "merge" or "tile".
-    producer, consumer : str
-        Layers, as key prefixes.
-    count : int
-        How many producers it is about.
-    done : bool
-    why : str
-        In seconds, as the cost model has them.
-    """
-
-    what: str
-    producer: str
-    consumer: str
-    count: int
-    done: bool
-    why: str
-
-    def __str__(self) -> str:
-        verb = {"repeat": "repeated in", "join": "joined to", "merge": "merged into", "tile": "in"}
-        sign = "" if self.done else "not "
-        return (
-            f"{self.count:,} x {self.producer} {sign}{verb[self.what]} {self.consumer}: {self.why}"
-        )
-
-
-@dataclass(slots=True)
-class _Unit:
-    """A group in the making; numbers stand for tasks and data."""
-
-    tasks: list[int]
-    reads: set[int]  # what it gets from elsewhere
-    repeats: set[int]  # what it makes itself, though others make it too
-    work: float  # seconds, without the repeats
-    peak: float  # bytes
-    written: float  # bytes of its outputs, those that do not travel inline
-    writes: int
-    start: float = 0.0
-    finish: float = 0.0
-    seconds: float = 0.0  # of its invocation
-    usd: float = 0.0
 
 
 class Grouping:
@@ -153,7 +104,8 @@ class Grouping:
         self._repeated: set[int] = set()  # tasks that are made by each unit that reads them
         self._twice: set[int] = set()  # those of them that are stored as well
         self._repeat_seconds: dict[int, float] = {}
-        self._units: dict[int, _Unit] = {}
+        self._units: dict[int, Unit] = {}
+        self._tiling = Tiling(self._keys, self._nbytes, self._seconds, model)
         self._terms: dict[int, frozenset[int]] = {}
         self._tolerated = 0.0  # seconds that were added to the longest path as not believed
 
@@ -182,7 +134,8 @@ class Grouping:
                         outputs.append(i)
                         break
             every = self._with_repeats(tasks)
-            seconds = self._block_time(blocks[place])[0] - self._model.invoke_seconds
+            units = [self._units[root] for root in blocks[place]]
+            seconds = self._tiling.time(units)[0] - self._model.invoke_seconds
             found.append(([keys[i] for i in every], [keys[i] for i in outputs], seconds))
         return found
 
@@ -246,7 +199,7 @@ class Grouping:
         for d in range(self._count):
             if d not in self._repeated:
                 self._place_views(d, tally)
-        for (what, i, reader), count in self._by_layer(tally).items():
+        for (what, i, reader), count in self._bylayer(tally).items():
             self._decide(what, i, reader, count)
 
     def _repeats_if_cheaper(self, i: int, readers: int) -> bool:
@@ -352,7 +305,7 @@ class Grouping:
                 reads, repeats = self._seen_through(outside)
             held = sum([nbytes[d] for d in {*outside, *tasks}])
             work = sum([self._seconds[t] for t in tasks])
-            self._units[root] = unit = _Unit(tasks, reads, repeats, work, held, 0.0, 0)
+            self._units[root] = unit = Unit(tasks, reads, repeats, work, held, 0.0, 0)
             self._count_outputs(unit)
             self._assess(unit)
 
@@ -370,7 +323,7 @@ class Grouping:
                 stack += self._deps[d]
         return reads, repeats
 
-    def _count_outputs(self, unit: _Unit) -> None:
+    def _count_outputs(self, unit: Unit) -> None:
         inside = set(unit.tasks)
         inline = self._model.inline_bytes
         for t in unit.tasks:
@@ -386,7 +339,7 @@ class Grouping:
                 unit.writes += 1
                 unit.written += size
 
-    def _assess(self, unit: _Unit) -> _Unit:
+    def _assess(self, unit: Unit) -> Unit:
         """Note how long a unit's invocation takes, and what it costs."""
         work, model, nbytes = unit.work, self._model, self._nbytes
         for i in unit.repeats:
@@ -426,7 +379,7 @@ class Grouping:
         self,
         root: int,
         candidates: list[int],
-        unit: _Unit,
+        unit: Unit,
         below: dict[int, set[int]],
         readers: dict[int, set[int]],
     ) -> None:
@@ -454,7 +407,7 @@ class Grouping:
         classes: dict[tuple[int, Any], list[int]] = defaultdict(list)
         for root in self._topological(below):
             height[root] = max((height[p] + 1 for p in below[root]), default=0)
-            classes[height[root], _layer(self._keys[root])].append(root)
+            classes[height[root], layer(self._keys[root])].append(root)
         for key in sorted(classes, key=lambda key: key[0]):
             yield classes[key]
 
@@ -476,13 +429,13 @@ class Grouping:
 
     def _options(
         self, members: list[int], below: dict[int, set[int]], readers: dict[int, set[int]]
-    ) -> Iterator[tuple[dict[int, list[int]], dict[int, _Unit]]]:
+    ) -> Iterator[tuple[dict[int, list[int]], dict[int, Unit]]]:
         """Yield what is to be merged into the units of a class, layer by layer of producers."""
         layers: dict[Any, dict[int, list[int]]] = defaultdict(dict)
         for root in members:
             for p in sorted(below[root]):
                 if len(readers[p]) == 1 and self._free(p) and self._alike(p, root):
-                    layers[_layer(self._keys[p])].setdefault(root, []).append(p)
+                    layers[layer(self._keys[p])].setdefault(root, []).append(p)
         if not layers:
             return
         together: dict[int, list[int]] = defaultdict(list)
@@ -492,9 +445,9 @@ class Grouping:
         if len(layers) > 1 and (units := self._wins(together, below, note=False)):
             yield together, units
             return
-        for layer in sorted(layers, key=lambda layer: -len(layers[layer])):
-            if units := self._wins(layers[layer], below):
-                yield layers[layer], units
+        for found in sorted(layers.values(), key=len, reverse=True):
+            if units := self._wins(found, below):
+                yield found, units
 
     def _free(self, p: int) -> bool:
         """Tell whether nothing that a unit makes is needed in the end."""
@@ -502,12 +455,12 @@ class Grouping:
 
     def _wins(
         self, merged: dict[int, list[int]], below: dict[int, set[int]], *, note: bool = True
-    ) -> dict[int, _Unit]:
+    ) -> dict[int, Unit]:
         """Return the merged units of a class if merging is better, else nothing."""
         model, units = self._model, self._units
         seconds = usd = 0.0
         before = after = 0.0
-        found: dict[int, _Unit] = {}
+        found: dict[int, Unit] = {}
         for root, candidates in merged.items():
             unit = units[root]
             joined = found[root] = self._merged(root, candidates)
@@ -537,6 +490,8 @@ class Grouping:
         if not good and path <= doubt:
             self._tolerated += path
             good = True
+        if good and len(merged) > model.window:
+            good = self._wins_in_tiles(found, merged)
         if note or good:
             root, candidates = next(iter(merged.items()))
             why = f"path {path:+.3f} s of {before:.3f} s, work {seconds:+.3f} s, {usd:+.6f} USD"
@@ -544,7 +499,21 @@ class Grouping:
             self._decide("merge", candidates[0], root, count, good, why)
         return found if good else {}
 
-    def _merged(self, root: int, candidates: Sequence[int]) -> _Unit:
+    def _wins_in_tiles(self, found: dict[int, Unit], merged: dict[int, list[int]]) -> bool:
+        """Compare a class and its producers when both run in tiles, as there are so many.
+
+        Where the network is the limit, tiles of more outputs and a part of each sum may be better
+        than tiles of few outputs and all of it.
+        """
+        layers: dict[Any, dict[int, Unit]] = defaultdict(dict)
+        for root, candidates in merged.items():
+            layers[None][root] = self._units[root]
+            for p in candidates:
+                layers[layer(self._keys[p])][p] = self._units[p]
+        apart = sum(self._tiling.best(units).cost for units in layers.values())
+        return self._tiling.best(found).cost <= apart
+
+    def _merged(self, root: int, candidates: Sequence[int]) -> Unit:
         """Describe a unit into which others are merged."""
         unit = self._units[root]
         parts = [self._units[p] for p in candidates]
@@ -563,7 +532,7 @@ class Grouping:
         summed = sum(self._nbytes[p] for p in chosen & sums)
         peak = max(peak, held + unit.peak - summed + total)
         work = unit.work + sum(part.work for part in parts)
-        joined = _Unit(tasks, reads, repeats, work, peak, unit.written, unit.writes)
+        joined = Unit(tasks, reads, repeats, work, peak, unit.written, unit.writes)
         return self._assess(joined)
 
     def _sums(self, i: int) -> frozenset[int]:
@@ -592,79 +561,26 @@ class Grouping:
             height[root] = max((height[p] + 1 for p in below[root]), default=0)
             unit, key = self._units[root], self._keys[root]
             alike = None if self._signature is None else self._signature(key)
-            kind = height[root], _layer(key), len(_indices(key)), len(unit.tasks), alike
+            kind = height[root], layer(key), len(indices(key)), len(unit.tasks), alike
             classes[kind].append(root)
         blocks = []
         for members in classes.values():
-            if len(members) > self._model.window and len(_indices(self._keys[members[0]])) > 1:
-                blocks += self._blocks(members)
-            else:
+            first = members[0]
+            if len(members) <= self._model.window or len(indices(self._keys[first])) < 2:
                 blocks += [[root] for root in members]
-        return blocks
-
-    def _blocks(self, members: list[int]) -> list[list[int]]:
-        """Choose the size of the blocks for one class: the least time for all of them."""
-        places = {root: _indices(self._keys[root]) for root in members}
-        axes = [sorted(set(axis)) for axis in zip(*places.values(), strict=True)]
-        ranks = [{index: rank for rank, index in enumerate(axis)} for axis in axes]
-        grid: dict[tuple[int, ...], int] = {
-            tuple(rank[i] for i, rank in zip(place, ranks, strict=True)): root
-            for root, place in places.items()
-        }
-        sizes = [_sizes(len(axis)) for axis in axes]
-        alone = best_cost = self._waves(len(members), [members[0]])
-        best = (1,) * len(axes)
-        for shape in product(*sizes):
-            if not 1 < math.prod(shape) <= MAX_TILES:
                 continue
-            sample = [grid[at] for at in product(*map(range, shape)) if at in grid]
-            count = math.prod(math.ceil(len(axis) / n) for axis, n in zip(axes, shape, strict=True))
-            count = max(math.ceil(len(members) / math.prod(shape)), min(count, len(members)))
-            if sample and (cost := self._waves(count, sample)) < best_cost:
-                best, best_cost = shape, cost
-        blocks: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for at, root in grid.items():
-            blocks[tuple(i // n for i, n in zip(at, best, strict=True))].append(root)
-        layer = members[0]
-        shape_text = " x ".join(map(str, best))
-        why = (
-            f"blocks of {shape_text} take {best_cost[1]:.3f} s, {best_cost[2]:.6f} USD, "
-            f"one by one {alone[1]:.3f} s, {alone[2]:.6f} USD"
-        )
-        self._decide("tile", layer, layer, len(members), math.prod(best) > 1, why)
-        return list(blocks.values())
-
-    def _waves(self, count: int, block: Sequence[int]) -> tuple[float, float, float]:
-        """Return what so many blocks take, window after window: in all, in time, in money."""
-        model = self._model
-        time, reads, writes = self._block_time(block)
-        if len(block) > 1:
-            peak = max(self._units[root].peak for root in block)
-            peak += sum(self._nbytes[root] for root in block)
-            if peak > model.room or time > model.group_seconds:
-                return math.inf, math.inf, math.inf
-        seconds = math.ceil(count / model.window) * time
-        usd = count * model.group_usd(time, reads, writes)
-        return seconds + usd / model.waiting_usd, seconds, usd
-
-    def _block_time(self, block: Sequence[int]) -> tuple[float, int, int]:
-        """Return how long the units of a block take in one invocation, and its requests."""
-        units = [self._units[root] for root in block]
-        reads = set[int]().union(*(unit.reads for unit in units))
-        repeats = set[int]().union(*(unit.repeats for unit in units))
-        work = sum(unit.work for unit in units) + sum(self._seconds[r] for r in repeats)
-        sizes = [size for d in reads if not self._model.is_inline(size := self._nbytes[d])]
-        writes, written = sum(u.writes for u in units), sum(u.written for u in units)
-        time = self._model.group_time(work, len(sizes), sum(sizes), writes, written)
-        return time, len(sizes), writes
+            tiles = self._tiling.best({root: self._units[root] for root in members})
+            blocks += tiles.blocks
+            self._decide("tile", first, first, len(members), tiles.tiles > 1, tiles.why)
+        return blocks
 
     # -- why -------------------------------------------------------------------------------------
 
-    def _by_layer(self, tally: dict[tuple[str, int, int], int]) -> dict[tuple[str, int, int], int]:
+    def _bylayer(self, tally: dict[tuple[str, int, int], int]) -> dict[tuple[str, int, int], int]:
         first: dict[tuple[str, Any, Any], tuple[int, int]] = {}
         counts: dict[tuple[str, Any, Any], int] = defaultdict(int)
         for (what, i, reader), count in tally.items():
-            name = what, _layer(self._keys[i]), _layer(self._keys[reader])
+            name = what, layer(self._keys[i]), layer(self._keys[reader])
             first.setdefault(name, (i, reader))
             counts[name] += count
         return {(name[0], *first[name]): count for name, count in counts.items()}
@@ -688,20 +604,3 @@ class Grouping:
         self.decisions.append(
             Decision(what, key_split(keys[producer]), key_split(keys[consumer]), count, done, why)
         )
-
-
-def _layer(key: Key) -> Any:
-    """Return what the keys of one layer have in common."""
-    return key[0] if type(key) is tuple and key else key_split(key)
-
-
-def _indices(key: Key) -> tuple[int, ...]:
-    """Return a block's place in its array."""
-    if type(key) is not tuple or not all(isinstance(index, int) for index in key[1:]):
-        return ()
-    return key[1:]
-
-
-def _sizes(count: int) -> list[int]:
-    """Return the sides of blocks to try."""
-    return [n for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32) if n < count] + [count]

@@ -25,7 +25,8 @@ from dask_lambda.errors import CyclicGraphError
 from dask_lambda.estimates import Estimates, guess
 from dask_lambda.folding import cut_folds
 from dask_lambda.graph import Graph, is_finaliser, short
-from dask_lambda.grouping import Decision, Grouping
+from dask_lambda.grouping import Grouping
+from dask_lambda.units import Decision
 from lambda_worker.protocol import Key
 
 PlanMode = Literal["auto", "none"]

@@ -20,6 +20,7 @@ ENGINE = [
     *("__main__", "cli", "__init__", "scheduler", "annotations", "dispatch", "run"),
     *("simulate", "bounds", "timeline", "aws_model"),
     *("invoke", "encode", "pickling", "failures", "state", "splitting", "plan", "grouping"),
+    *("tiling", "units"),
     "folding",
     *("history", "estimates", "graph", "cost_model", "kernels"),
     *("report", "cost", "config", "errors"),
@@ -30,7 +31,18 @@ GROUND = [
     *("cache", "memory", "protocol", "errors"),
 ]
 PURE = [
-    *("state", "splitting", "plan", "grouping", "folding", "estimates", "graph", "cost_model"),
+    *(
+        "state",
+        "splitting",
+        "plan",
+        "grouping",
+        "tiling",
+        "units",
+        "folding",
+        "estimates",
+        "graph",
+        "cost_model",
+    ),
     *("kernels", "failures", "cost", "simulate", "bounds", "timeline", "aws_model"),
 ]
 WORLD = {
