@@ -54,6 +54,9 @@ class CostModel:
     fold_seconds : float
         Sums whose terms take less than this to make are not cut (:mod:`dask_lambda.folding`):
         the objects that it takes are not worth it.
+    fold_bytes : int
+        Nor are sums of terms below this size, which may be numbers: from Python 3.12 on, the
+        sum of floats is not that of its parts.
     speed : Speed
         Of one vCPU.
     prices : Prices
@@ -74,6 +77,7 @@ class CostModel:
     waiting_usd: float = 0.01
     tolerance: float = 0.1
     fold_seconds: float = 1.0
+    fold_bytes: int = 16 * 1024
     speed: Speed = field(default_factory=Speed)
     prices: Prices = field(default_factory=Prices)
 

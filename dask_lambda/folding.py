@@ -80,6 +80,7 @@ def cut_folds(
                 or heights != sorted(heights)
                 or heights[0] == heights[-1]
                 or len(set(terms)) < len(terms)
+                or estimates.nbytes[terms[0]] < model.fold_bytes
                 or any(readers.get(term) != 1 or term in keep for term in terms)
                 or _terms_time(graph, terms, estimates, model) < model.fold_seconds
             ):

@@ -121,6 +121,7 @@ models = st.builds(
     inline_bytes=st.sampled_from([0, 65_536, 4_000_000]),
     group_seconds=st.sampled_from([1.0, 300.0]),
     fold_seconds=st.sampled_from([0.0, 1.0]),
+    fold_bytes=st.sampled_from([0, 16 * 1024]),
     waiting_usd=st.sampled_from([1e-6, 0.01]),
 )
 

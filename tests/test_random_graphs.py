@@ -202,6 +202,7 @@ class CutsAll(CostModel):
     """Cuts each sum that can be cut, whether or not that saves time."""
 
     fold_seconds: float = 0.0
+    fold_bytes: int = 0
 
 
 def matrix(n: int = 24, chunks: Any = 4) -> Any:
