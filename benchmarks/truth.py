@@ -18,6 +18,7 @@ from dask._task_spec import Alias, DataNode, GraphNode, NestedContainer, Task, T
 
 from dask_lambda.estimates import Estimates
 from dask_lambda.graph import Graph
+from dask_lambda.plan import topological
 from lambda_worker.protocol import Key, Reference
 
 ITEM = 8
@@ -176,23 +177,12 @@ def true_estimates(
         for other in aliases.get(key, ()):
             values[other] = values[key]
     seconds: dict[Key, float] = {}
-    for first in graph.tasks:
-        stack = [first]
-        while stack:
-            key = stack[-1]
-            if key in seconds:
-                stack.pop()
-                continue
-            missing = [d for d in graph.dependencies(key) if d not in values]
-            if missing:
-                stack += missing
-                continue
-            stack.pop()
-            result, work = shapes.run(graph.tasks[key], values)
-            seconds[key] = work.seconds(machine)
-            values[key] = result
-            for other in aliases.get(key, ()):
-                values[other] = result
+    for key in topological(graph, set()):
+        result, work = shapes.run(graph.tasks[key], values)
+        seconds[key] = work.seconds(machine)
+        values[key] = result
+        for other in aliases.get(key, ()):
+            values[other] = result
     every = (*graph.tasks, *graph.literals, *graph.stored)
     return Estimates(seconds, {key: size_of(values[key]) for key in every})
 

@@ -26,7 +26,7 @@ from dask_lambda.cost_model import CostModel
 from dask_lambda.estimates import Estimates
 from dask_lambda.graph import Graph
 from dask_lambda.kernels import size_of
-from dask_lambda.plan import Plan, make_plan
+from dask_lambda.plan import Plan, make_plan, topological
 from dask_lambda.report import RunReport
 from dask_lambda.simulate import simulate
 
@@ -92,17 +92,7 @@ def locally(graph: Graph) -> Estimates:
     """Run each task here, alone, and return what it takes and the size of its value."""
     values: dict[Any, Any] = dict(graph.literals)
     seconds: dict[Any, float] = {}
-    stack = list(graph.tasks)
-    while stack:
-        key = stack[-1]
-        if key in seconds:
-            stack.pop()
-            continue
-        missing = [d for d in graph.dependencies(key) if d not in values]
-        if missing:
-            stack += missing
-            continue
-        stack.pop()
+    for key in topological(graph, set()):
         task = graph.tasks[key]
         given = {name: values[graph.resolve(name)] for name in task.dependencies}
         started = time.perf_counter()

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from dask_lambda.aws_model import AwsModel
 from dask_lambda.estimates import Estimates
-from dask_lambda.graph import Graph
-from dask_lambda.plan import Plan
+from dask_lambda.plan import Plan, topological
 from dask_lambda.timeline import references
 from lambda_worker.protocol import Key
 
@@ -72,7 +71,7 @@ def lower_bounds(
     path: dict[Key, float] = {}
     read: dict[Key | str, int] = {}
     work = 0.0
-    for key in _topological(graph):
+    for key in topological(graph, set()):
         if key in client:
             continue
         seconds = truth.seconds[key]
@@ -111,24 +110,3 @@ def lower_bounds(
         bandwidth_seconds=aws.link().transfer(0.0, compulsory / window),
         work_seconds=work / window,
     )
-
-
-def _topological(graph: Graph) -> list[Key]:
-    """Return the tasks, each after those that it reads."""
-    done: set[Key] = set()
-    order: list[Key] = []
-    for first in graph.tasks:
-        stack = [first]
-        while stack:
-            key = stack[-1]
-            if key in done:
-                stack.pop()
-                continue
-            missing = [d for d in graph.dependencies(key) if d in graph.tasks and d not in done]
-            if missing:
-                stack += missing
-            else:
-                stack.pop()
-                done.add(key)
-                order.append(key)
-    return order
