@@ -199,9 +199,11 @@ def gone(process: psutil.Process) -> bool:
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from dask import delayed
 from dask_lambda import lambda_get
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 
 def slow(mark):
     open(mark, "w").close()
