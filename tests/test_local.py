@@ -127,6 +127,8 @@ def test_start_invoke_stop_leaves_no_process_and_no_file(tmp_path: Path) -> None
 
 
 CLIENT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 import sys
 from pathlib import Path
 from tests_helper import start
