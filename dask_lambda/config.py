@@ -24,6 +24,9 @@ MIN_MEMORY, MAX_MEMORY = 128, 10_240
 #: Concurrent executions of an account by default (Lambda quotas).
 DEFAULT_CONCURRENCY = 1000
 
+#: Dask reads "none" in an environment variable as None.
+NONE_IS_A_WORD = ("plan", "compression")
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -58,6 +61,8 @@ class Settings:
         check_names(name.replace("-", "_") for name in dask.config.get("dask-lambda", {}))
         values = {n: dask.config.get(f"dask-lambda.{n.replace('_', '-')}", None) for n in names}
         values.update(overrides)
+        for name in NONE_IS_A_WORD:
+            values[name] = "none" if values[name] is None else values[name]
         settings = cls(**values)
         settings._validate()
         return settings

@@ -69,15 +69,16 @@ def test_environment_variables_and_files_are_read(tmp_path):
         "DASK_CONFIG": str(tmp_path),
         "DASK_DASK_LAMBDA__PREFIX": "from-environment",
         "DASK_DASK_LAMBDA__CONCURRENCY": "17",
+        "DASK_DASK_LAMBDA__PLAN": "none",  # which Dask reads as None
     }
     code = (
         "import dask_lambda; from dask_lambda.config import Settings; s = Settings.resolve(); "
-        "print(s.retries, s.prefix, s.concurrency)"
+        "print(s.retries, s.prefix, s.concurrency, s.plan)"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert out.stdout.split() == ["2", "from-environment", "17"]
+    assert out.stdout.split() == ["2", "from-environment", "17", "none"]
 
 
 @pytest.mark.parametrize(
