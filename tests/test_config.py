@@ -105,7 +105,6 @@ def test_environment_variables_and_files_are_read(tmp_path):
         ("inline_bytes", 4_000_001),
         ("inline_bytes", None),
         ("compression", "lzma"),
-        ("compression", None),
         ("memory", 127),
         ("memory", 10_241),
         ("memory", "1 GB"),
