@@ -72,6 +72,7 @@ bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.overhead --memory
 	@$(BIN)/python -m benchmarks.plans
 	@$(BIN)/python -m benchmarks.cold_start
+	@$(BIN)/python -m benchmarks.compression
 	@$(BIN)/python -m benchmarks.aws_model --small
 	@$(MAKE) --no-print-directory bench-peers
 
