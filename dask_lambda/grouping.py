@@ -199,7 +199,7 @@ class Grouping:
         for d in range(self._count):
             if d not in self._repeated:
                 self._place_views(d, tally)
-        for (what, i, reader), count in self._bylayer(tally).items():
+        for (what, i, reader), count in self._by_layer(tally).items():
             self._decide(what, i, reader, count)
 
     def _repeats_if_cheaper(self, i: int, readers: int) -> bool:
@@ -357,12 +357,8 @@ class Grouping:
 
     def _merge(self) -> None:
         """Merge units into their only readers, class by class from the leaves to the root."""
-        readers = self._reader_units()
-        below: dict[int, set[int]] = {root: set() for root in self._units}
-        for root, found in readers.items():
-            for reader in found:
-                below[reader].add(root)
-        for members in self._classes(below):
+        readers, below = self._links()
+        for members in self._classes(below, lambda root: layer(self._keys[root])):
             changed = True
             while changed:  # of what two read that are merged now, one is the only reader
                 changed = False
@@ -393,21 +389,27 @@ class Grouping:
         below[root] -= set(candidates)
         self._units[root] = unit
 
-    def _reader_units(self) -> dict[int, set[int]]:
+    def _links(self) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+        """Return the units that read from each unit, and those that it reads from."""
         readers: dict[int, set[int]] = {root: set() for root in self._units}
+        below: dict[int, set[int]] = {root: set() for root in self._units}
         for root, unit in self._units.items():
             for d in unit.reads:
                 if d < self._count:
-                    readers[self._find(d)].add(root)
-        return readers
+                    source = self._find(d)
+                    readers[source].add(root)
+                    below[root].add(source)
+        return readers, below
 
-    def _classes(self, below: dict[int, set[int]]) -> Iterator[list[int]]:
-        """Yield units of one layer and height, those of smaller height first."""
+    def _classes(
+        self, below: dict[int, set[int]], kind: Callable[[int], Hashable]
+    ) -> Iterator[list[int]]:
+        """Yield units of one kind and height, those of smaller height first."""
         height: dict[int, int] = {}
-        classes: dict[tuple[int, Any], list[int]] = defaultdict(list)
+        classes: dict[tuple[int, Hashable], list[int]] = defaultdict(list)
         for root in self._topological(below):
             height[root] = max((height[p] + 1 for p in below[root]), default=0)
-            classes[height[root], layer(self._keys[root])].append(root)
+            classes[height[root], kind(root)].append(root)
         for key in sorted(classes, key=lambda key: key[0]):
             yield classes[key]
 
@@ -487,11 +489,12 @@ class Grouping:
         saved = -(seconds / model.window + usd / model.waiting_usd)
         good = path <= saved + 1e-9
         doubt = min(model.tolerance * before - self._tolerated, DOUBT * saved)
-        if not good and path <= doubt:
-            self._tolerated += path
-            good = True
+        doubted = not good and path <= doubt
+        good = good or doubted
         if good and len(merged) > model.window:
             good = self._wins_in_tiles(found, merged)
+        if good and doubted:
+            self._tolerated += path
         if note or good:
             root, candidates = next(iter(merged.items()))
             why = f"path {path:+.3f} s of {before:.3f} s, work {seconds:+.3f} s, {usd:+.6f} USD"
@@ -551,20 +554,14 @@ class Grouping:
 
     def _tile(self) -> list[list[int]]:
         """Put units into blocks that share what they read."""
-        classes: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-        below: dict[int, set[int]] = {root: set() for root in self._units}
-        for root, found in self._reader_units().items():
-            for reader in found:
-                below[reader].add(root)
-        height: dict[int, int] = {}
-        for root in self._topological(below):
-            height[root] = max((height[p] + 1 for p in below[root]), default=0)
-            unit, key = self._units[root], self._keys[root]
+
+        def kind(root: int) -> Hashable:
+            key = self._keys[root]
             alike = None if self._signature is None else self._signature(key)
-            kind = height[root], layer(key), len(indices(key)), len(unit.tasks), alike
-            classes[kind].append(root)
+            return layer(key), len(indices(key)), len(self._units[root].tasks), alike
+
         blocks = []
-        for members in classes.values():
+        for members in self._classes(self._links()[1], kind):
             first = members[0]
             if len(members) <= self._model.window or len(indices(self._keys[first])) < 2:
                 blocks += [[root] for root in members]
@@ -576,7 +573,7 @@ class Grouping:
 
     # -- why -------------------------------------------------------------------------------------
 
-    def _bylayer(self, tally: dict[tuple[str, int, int], int]) -> dict[tuple[str, int, int], int]:
+    def _by_layer(self, tally: dict[tuple[str, int, int], int]) -> dict[tuple[str, int, int], int]:
         first: dict[tuple[str, Any, Any], tuple[int, int]] = {}
         counts: dict[tuple[str, Any, Any], int] = defaultdict(int)
         for (what, i, reader), count in tally.items():

@@ -250,7 +250,6 @@ class _Group:
     run: _Run
     missing: int  # inputs that are not there yet
     tries: int = 0
-    alone: bool = False  # not to travel with others again
     failures: dict[FailureKind, int] = field(default_factory=dict)
 
 
@@ -390,7 +389,6 @@ class State:
             if isinstance(outcome, Done):
                 self._done(group, outcome.seconds, released)
             elif event.as_a_whole and len(groups) > 1 and outcome.kind in _ONE_IS_GUILTY:
-                group.alone = True
                 self._make_ready(group)
             elif outcome.kind is FailureKind.RESOURCES and self._split(group):
                 pass
@@ -515,13 +513,13 @@ class State:
         """Take the groups of the next invocation from those that are ready."""
         ready = run.ready
         first = heapq.heappop(ready)[2]
-        if not run.batch or not ready or first.alone or first.tries:
+        if not run.batch or not ready or first.tries:  # who was tried before goes alone
             return (first,)
         size = self._batch_size(first, len(ready) + 1, limit)
         groups = [first]
         while len(groups) < size and ready:
             other = ready[0][2]
-            if other.alone or other.tries or other.spec.kind != first.spec.kind:
+            if other.tries or other.spec.kind != first.spec.kind:
                 break
             groups.append(heapq.heappop(ready)[2])
         return tuple(groups)
