@@ -1,6 +1,6 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: run, state, plan, graph, encode, failures, the ground.
+May import: objects, run, state, plan, graph, encode, failures, the ground.
 
 An :class:`Engine` is one asyncio loop in one background thread, so that it works in scripts, in
 notebooks (where a loop is running already) and inside other schedulers.  All runs of a scheduler
@@ -26,11 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import errors, failures
 from dask_lambda.encode import Encoder
-from dask_lambda.graph import short
-from dask_lambda.plan import Group, Plan
-from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
-from dask_lambda.splitting import split
-from dask_lambda.state import (
+from dask_lambda.events import (
     Done,
     Event,
     Failure,
@@ -42,10 +38,15 @@ from dask_lambda.state import (
     RunCancelled,
     RunDrained,
     RunEnded,
-    State,
     TimePassed,
     Wake,
 )
+from dask_lambda.graph import short
+from dask_lambda.objects import Objects
+from dask_lambda.plan import Group, Plan
+from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
+from dask_lambda.splitting import split
+from dask_lambda.state import State
 from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
@@ -58,9 +59,6 @@ logger = logging.getLogger("dask_lambda")
 
 #: Downloads of results at the same time.
 FETCHES = 32
-#: Deletes are collected for so many seconds, or until there are so many.
-DELETE_DELAY = 0.25
-DELETE_BATCH = 1000
 #: Values that travel inline are held by the client until their last reader is done.  Above this
 #: many bytes in all, new results go through S3 whatever their size.
 MAX_HELD_BYTES = 256 * 2**20
@@ -123,10 +121,9 @@ class Engine:
         self.closed = False
         self._runs: dict[str, Run] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._deletes: set[asyncio.Task[Any]] = set()  # of stored results
         self._fetching = asyncio.Semaphore(FETCHES)
-        self._kept: dict[str, tuple[bytes, set[str]]] = {}  # run -> secret, object names
         self._store = Store(backend.bucket)
+        self._objects = Objects(self._store, self._spawn, self.load)
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="dask-lambda", daemon=True)
@@ -186,7 +183,7 @@ class Engine:
                 bucket=self.backend.bucket_name,
                 run=name,
                 secret=secret,
-                secret_of=self._secret_of,
+                secret_of=self._objects.secret_of,
                 compression=compression,
             ),
             name=name,
@@ -217,7 +214,7 @@ class Engine:
     def load(self, reference: Reference) -> Any:
         """Load a stored result, in any other thread than the engine's."""
         claim_process()
-        secret = self._secret_of(reference)
+        secret = self._objects.secret_of(reference)
         work = self._store.get_async(reference.name, reference.size)
         return codec.loads(self._call(work).result(), secret, reference.name)
 
@@ -225,7 +222,7 @@ class Engine:
         """Delete a stored result that nobody refers to any more."""
         if not self.closed and self.pid == os.getpid():
             with suppress(RuntimeError):  # the loop may be closing at this moment
-                self._loop.call_soon_threadsafe(self._forget, name)
+                self._loop.call_soon_threadsafe(self._objects.forget, name)
 
     def close(self) -> None:
         """Cancel all runs, delete all that is stored, end the thread.  Idempotent."""
@@ -309,7 +306,7 @@ class Engine:
                             run.tell_started(group)
                     self._spawn(self._invoke(run, instruction))
                 case Release(name, keys):
-                    self._release(self._runs[name], keys)
+                    self._objects.release(self._runs[name], keys)
                 case RunEnded(name, failure, group):
                     run = self._runs[name]
                     run.over = True
@@ -418,7 +415,7 @@ class Engine:
             value = Value.from_json(record)
             if run.over:
                 if value.data is None:
-                    self._discard(run, [value.name])
+                    self._objects.discard(run, [value.name])
                 continue
             value.shared = key in run.shared
             run.values[key] = value
@@ -473,7 +470,7 @@ class Engine:
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a result that another run has stored."""
         reference = run.graph.stored[key]
-        secret = self._secret_of(reference)
+        secret = self._objects.secret_of(reference)
         async with self._fetching:
             data = await run.store.get_async(reference.name, reference.size)
         run.results[key] = Sealed(data, secret, reference.name)
@@ -485,7 +482,7 @@ class Engine:
             try:
                 await asyncio.gather(*run.fetches)
                 if run.keep_results:
-                    await self._keep(run)
+                    await self._objects.keep(run)
             except StoreError as error:
                 failure = failures.from_store_error(error)
             except Exception as error:  # noqa: BLE001  the caller raises it
@@ -496,7 +493,7 @@ class Engine:
             key = short(group.outputs[-1]) if group else ""
             exception = failures.to_exception(failure, key, {run.name: run.secret})
             outcome = RunFailed(exception)
-        await self._sweep(run)
+        await self._objects.sweep(run)
         run.events.put(outcome)
         await self._bury(run)
 
@@ -507,116 +504,14 @@ class Engine:
         for fetch in run.fetches:
             fetch.cancel()
         self._handle(RunCancelled(run.name))
-        await self._sweep(run)
+        await self._objects.sweep(run)
         self._spawn(self._bury(run))
 
     async def _bury(self, run: Run) -> None:
         """Delete what the last invocations in flight have written, and forget the run."""
         await run.drained.wait()
-        await self._sweep(run)
+        await self._objects.sweep(run)
         self._runs.pop(run.name, None)
-
-    # -- objects ---------------------------------------------------------------------------------
-
-    def _release(self, run: Run, keys: Iterable[Key]) -> None:
-        names = []
-        for key in keys:
-            value = run.values.pop(key)
-            run.held -= run.inline.pop(key, 0)
-            if value.data is None:
-                run.encoder.written.discard(value.name)
-                names.append(value.name)
-        self._discard(run, names)
-
-    def _discard(self, run: Run, names: Iterable[str]) -> None:
-        """Delete objects soon, many at a time."""
-        run.trash.extend(names)
-        if len(run.trash) >= DELETE_BATCH:
-            self._spawn(self._empty(run))
-        elif run.trash and not run.delete_soon:
-            run.delete_soon = True
-            self._loop.call_later(DELETE_DELAY, self._delete_now, run)
-
-    def _delete_now(self, run: Run) -> None:
-        run.delete_soon = False
-        if run.trash:
-            self._spawn(self._empty(run))
-
-    async def _empty(self, run: Run) -> None:
-        async with run.deleting:
-            names, run.trash = run.trash, []
-            await self._delete(run.store, names)
-
-    async def _sweep(self, run: Run) -> None:
-        """Delete every object of an ended run that is known or, in the end, possible."""
-        self._release(run, list(run.values))
-        names = run.encoder.take_written()
-        if run.drained.is_set():
-            names |= run.uncertain | await self._find_lost(run)
-            run.uncertain, run.lost = set(), set()
-        run.trash.extend(names.difference(run.trash))
-        await self._empty(run)
-
-    async def _find_lost(self, run: Run) -> set[str]:
-        """Find what invocations have written that were lost before they could say so.
-
-        A large output is an object of which only its pointer, if it was written, has the name.
-        """
-        folders = {protocol.attempts_folder(name) for name in run.lost}
-        if len(folders) > len(protocol.shards()):
-            folders = {run.encoder.folder(shard) for shard in protocol.shards()}
-        found = set(run.lost)
-        try:
-            for folder in folders:
-                found.update([name async for name in run.store.list_async(folder)])
-        except StoreError as error:
-            logger.warning("what lost invocations have left behind is not known: %s", error)
-        kept = {name for v in run.kept.values() for name in protocol.objects_of(v.name)}
-        return found - kept
-
-    async def _keep(self, run: Run) -> None:
-        """Leave the results of a run in S3 and remember how to load and delete them."""
-        names = set()
-        found = run.plan.fetch & run.values.keys()
-        await asyncio.gather(*(run.encoder.spill(run.values[key]) for key in found))
-        for key in found:
-            value = run.values.pop(key)
-            run.held -= run.inline.pop(key, 0)
-            run.encoder.written.discard(value.name)
-            run.uncertain.discard(value.name)
-            names.add(value.name)
-            run.kept[key] = value
-        self._kept[run.name] = run.secret, names
-        protocol.resolvers[run.name] = self.load
-
-    def _secret_of(self, reference: Reference) -> bytes:
-        try:
-            return self._kept[protocol.run_of(reference.name)][0]
-        except KeyError:
-            raise errors.LostDataError(
-                f"the persisted result {reference.name!r} does not exist any more, or belongs "
-                "to another scheduler; compute with the scheduler that persisted it, or persist "
-                "again"
-            ) from None
-
-    def _forget(self, name: str) -> None:
-        run = protocol.run_of(name)
-        kept = self._kept.get(run)
-        if kept is None or name not in kept[1]:
-            return
-        kept[1].discard(name)
-        if not kept[1]:
-            del self._kept[run]
-            protocol.resolvers.pop(run, None)
-        task = self._spawn(self._delete(self._store, [name]))
-        self._deletes.add(task)
-        task.add_done_callback(self._deletes.discard)
-
-    async def _delete(self, store: Store, names: list[str]) -> None:
-        try:
-            await store.delete_async(names)
-        except StoreError as error:
-            logger.warning("%d objects are left behind: %s", len(names), error)
 
     async def _close(self) -> None:
         for run in list(self._runs.values()):
@@ -631,12 +526,8 @@ class Engine:
         for run in list(self._runs.values()):  # what is still in flight may yet write these
             run.lost.update(run.object_name(key) for key in self._expected(run))
             run.drained.set()
-            await self._sweep(run)
-        names = [name for _, kept in self._kept.values() for name in kept]
-        for name in self._kept:
-            protocol.resolvers.pop(name, None)
-        self._kept.clear()
-        await asyncio.gather(*self._deletes, self._delete(self._store, names))
+            await self._objects.sweep(run)
+        await self._objects.close()
         for task in self._tasks:  # invocations in flight: nobody listens to them any more
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

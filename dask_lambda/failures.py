@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dask_lambda import errors
-from dask_lambda.state import Failure, FailureKind
+from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
 

@@ -22,7 +22,7 @@ from yarl import URL
 
 from dask_lambda import failures
 from dask_lambda.config import MAX_TIMEOUT
-from dask_lambda.state import Failure
+from dask_lambda.events import Failure
 
 #: How much longer than the function's time-out the client waits for an answer: the start of an
 #: environment (up to 10 s of init, once more on failure) and the way there and back.

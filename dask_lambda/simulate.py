@@ -26,10 +26,7 @@ from typing import Any
 from dask_lambda.aws_model import AwsModel
 from dask_lambda.bounds import Bounds, lower_bounds
 from dask_lambda.estimates import Estimates
-from dask_lambda.graph import Graph
-from dask_lambda.plan import Group, Plan
-from dask_lambda.report import RunCounts, RunReport
-from dask_lambda.state import (
+from dask_lambda.events import (
     Done,
     Event,
     Failure,
@@ -37,13 +34,16 @@ from dask_lambda.state import (
     GroupsAdded,
     InvocationEnded,
     Invoke,
-    Policy,
     Release,
     RunEnded,
-    State,
     TimePassed,
     Wake,
 )
+from dask_lambda.graph import Graph
+from dask_lambda.plan import Group, Plan
+from dask_lambda.policy import Policy
+from dask_lambda.report import RunCounts, RunReport
+from dask_lambda.state import State
 from dask_lambda.timeline import Environment, Step, Timeline, Worker, steps_of
 from lambda_worker.protocol import MAX_INLINE_TOTAL_BYTES, MAX_PAYLOAD_BYTES, Key
 from lambda_worker.store import Counts

@@ -1,4 +1,6 @@
-"""Who runs when: the engine's decisions, as a pure state machine.  May import: plan.
+"""Who runs when: the engine's decisions, as a pure state machine.
+
+May import: events, policy, plan.
 
 Events go in, instructions come out; there is no clock, no socket, no thread and no randomness
 but a seeded one.  Time is an argument.  So every rule about order, concurrency, retries,
@@ -17,7 +19,7 @@ A group waits for its inputs, is ready when they are all there, and is in flight
 invocation runs it.  A failure that is worth another try delays it until some later time.  Groups
 that are done are forgotten, and more groups may be added to a run at any time, so the machine
 never needs the whole graph at once.  A group that was too large for an execution environment is
-replaced by smaller ones, for which the run brings a function (:attr:`GroupsAdded.split`).
+replaced by smaller ones, for which the run brings a function (``GroupsAdded.split``).
 
 The *window* is how many invocations may be in flight, over all runs.  Below it the machine keeps
 a *limit* of its own, which shrinks by a factor when Lambda throttles and grows by one for each
@@ -31,7 +33,7 @@ of which one of them may be guilty, each is tried again alone.
 
 Two rules hold for whoever executes the instructions:
 
-1. Every :class:`Invoke` is answered by exactly one :class:`InvocationEnded`, whatever happened.
+1. Every ``Invoke`` is answered by exactly one ``InvocationEnded``, whatever happened.
 2. Instructions are carried out in the order in which they are returned.
 """
 
@@ -43,196 +45,27 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
 
+from dask_lambda.events import (
+    Done,
+    Event,
+    Failure,
+    FailureKind,
+    GroupsAdded,
+    Instruction,
+    InvocationEnded,
+    Invoke,
+    Release,
+    RunCancelled,
+    RunDrained,
+    RunEnded,
+    TimePassed,
+    Wake,
+    WindowChanged,
+)
 from dask_lambda.plan import Group
+from dask_lambda.policy import Policy
 from lambda_worker.protocol import Key
-
-# ---------------------------------------------------------------------------------------------
-# failures
-# ---------------------------------------------------------------------------------------------
-
-
-class FailureKind(Enum):
-    """What a failure means for the decision to try again."""
-
-    TASK = "task"  #: the task's own exception; as often as asked for
-    RESOURCES = "resources"  #: too long or too much memory; as TASK, once it cannot be split
-    DEATH = "death"  #: the environment was lost under the task; a few times
-    TRANSIENT = "transient"  #: the network or the service; for a while, ever more slowly
-    THROTTLED = "throttled"  #: too many invocations; until nothing has moved for long
-    FATAL = "fatal"  #: never
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a group did not get done.
-
-    Attributes
-    ----------
-    kind : FailureKind
-    detail : object
-        What to tell the user; the machine only hands it on.
-    """
-
-    kind: FailureKind
-    detail: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The constants of the decisions; times in seconds."""
-
-    deaths: int = 2  #: further tries after the environment died, before the task is blamed
-    transient_tries: int = 8
-    backoff: float = 0.1  #: before the first retry; doubles each time
-    max_backoff: float = 20.0
-    throttle_patience: float = 1000.0  #: throttled and nothing done: above the longest invocation
-    decrease: float = 0.7
-    decrease_interval: float = 1.0  #: one burst of throttles shrinks the limit once
-    batch_seconds: float = 1.0  #: of one invocation, when several groups share it
-    batch_groups: int = 512  #: in one invocation at the most
-    dispatch_seconds: float = 0.001  #: of the client, for each invocation (docs/benchmarks.md)
-
-
-# ---------------------------------------------------------------------------------------------
-# events
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class GroupsAdded:
-    """More work for a run, which is thereby opened if it is new.
-
-    Attributes
-    ----------
-    run : str
-    groups : sequence of Group
-        Their inputs are outputs of groups in this event or of earlier ones.
-    keep : frozenset of key
-        Outputs that are not released when their last reader is done.
-    last : bool
-        Nothing is added after this: the run ends when all its groups are done.
-    split : callable, optional
-        Smaller groups that do together what a group does and commit all its outputs; of a group
-        that cannot be split, nothing.  A pure function.
-    batch : bool
-        Whether groups may share an invocation.
-    """
-
-    run: str
-    groups: Sequence[Group]
-    keep: frozenset[Key] = frozenset()
-    last: bool = True
-    split: Callable[[Group], Sequence[Group]] | None = None
-    batch: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A group's outputs are committed.
-
-    Attributes
-    ----------
-    seconds : float
-        That it took on the worker, with its inputs and outputs.
-    """
-
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class InvocationEnded:
-    """An invocation came to an end, well or not for each of its groups.
-
-    Attributes
-    ----------
-    invocation : int
-    outcomes : tuple of Done or Failure
-    as_a_whole : bool
-        The invocation as such failed, so that nobody knows which group was the reason.
-    """
-
-    invocation: int
-    outcomes: tuple[Done | Failure, ...]
-    as_a_whole: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RunCancelled:
-    """The caller does not want the run any more."""
-
-    run: str
-
-
-@dataclass(frozen=True, slots=True)
-class WindowChanged:
-    """Another number of invocations may be in flight."""
-
-    window: int
-
-
-@dataclass(frozen=True, slots=True)
-class TimePassed:
-    """The time that a :class:`Wake` asked for has come."""
-
-    at: float
-
-
-Event = GroupsAdded | InvocationEnded | RunCancelled | WindowChanged | TimePassed
-
-# ---------------------------------------------------------------------------------------------
-# instructions
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Invoke:
-    """Run these groups of one run in one invocation."""
-
-    invocation: int
-    run: str
-    groups: tuple[Group, ...]
-    tries: int  #: how often the first of them was tried before
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """No group of the run needs these values any more."""
-
-    run: str
-    keys: tuple[Key, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RunEnded:
-    """The outcome of a run is known; nothing more is started for it."""
-
-    run: str
-    failure: Failure | None
-    group: Group | None = None  #: the one that failed
-
-
-@dataclass(frozen=True, slots=True)
-class RunDrained:
-    """No invocation of an ended run is in flight: nobody writes its objects any more."""
-
-    run: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """Send :class:`TimePassed` at this time."""
-
-    at: float
-
-
-Instruction = Invoke | Release | RunEnded | RunDrained | Wake
-
-# ---------------------------------------------------------------------------------------------
-# the machine
-# ---------------------------------------------------------------------------------------------
 
 #: Failures of a whole invocation for which one of its groups may be the reason.
 _ONE_IS_GUILTY = frozenset({FailureKind.RESOURCES, FailureKind.DEATH})

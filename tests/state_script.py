@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dask_lambda.plan import Group
-from dask_lambda.state import (
+from dask_lambda.events import (
     Done,
     Event,
     Failure,
@@ -15,14 +14,15 @@ from dask_lambda.state import (
     Instruction,
     InvocationEnded,
     Invoke,
-    Policy,
     Release,
     RunDrained,
     RunEnded,
-    State,
     TimePassed,
     Wake,
 )
+from dask_lambda.plan import Group
+from dask_lambda.policy import Policy
+from dask_lambda.state import State
 
 TASK, RESOURCES, DEATH, TRANSIENT, THROTTLED, FATAL = (
     Failure(FailureKind.TASK),

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from dask_lambda import errors, failures
-from dask_lambda.state import Failure, FailureKind
+from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
 

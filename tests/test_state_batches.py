@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 
+from dask_lambda.events import Done, Release, RunDrained, RunEnded
 from dask_lambda.plan import Group
-from dask_lambda.state import (
-    Done,
-    Policy,
-    Release,
-    RunDrained,
-    RunEnded,
-)
+from dask_lambda.policy import Policy
 from tests.state_script import (
     DEATH,
     DONE,

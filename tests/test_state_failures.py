@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dask_lambda.events import Failure, FailureKind, RunEnded, TimePassed, Wake, WindowChanged
 from dask_lambda.plan import Group
-from dask_lambda.state import (
-    Failure,
-    FailureKind,
-    Policy,
-    RunEnded,
-    TimePassed,
-    Wake,
-    WindowChanged,
-)
+from dask_lambda.policy import Policy
 from tests.state_script import (
     DEATH,
     FATAL,

@@ -10,9 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dask_lambda.plan import Group
-from dask_lambda.state import (
-    PACE_TRUST,
+from dask_lambda.events import (
     Done,
     Event,
     Failure,
@@ -20,16 +18,17 @@ from dask_lambda.state import (
     GroupsAdded,
     InvocationEnded,
     Invoke,
-    Policy,
     Release,
     RunCancelled,
     RunDrained,
     RunEnded,
-    State,
     TimePassed,
     Wake,
     WindowChanged,
 )
+from dask_lambda.plan import Group
+from dask_lambda.policy import Policy
+from dask_lambda.state import PACE_TRUST, State
 
 
 @dataclass
