@@ -74,6 +74,8 @@ class LambdaInvoker:
     timeout : float
         The function's time-out in seconds: an answer that does not come within it and a margin
         is given up.
+    memory_mb : int, optional
+        Of the function, if it is known; it says so itself in each reply.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class LambdaInvoker:
         credentials: Any,
         endpoint_url: str | None = None,
         timeout: float = MAX_TIMEOUT,
+        memory_mb: int | None = None,
     ):
         self.function = function
         self.region = region
@@ -93,7 +96,7 @@ class LambdaInvoker:
         # As it is signed: the colons of an ARN stay escaped.
         self._encoded_url = URL(self.url, encoded=True)
         self.timeout = timeout
-        self.memory_mb: int | None = None
+        self.memory_mb = memory_mb
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:

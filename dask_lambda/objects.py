@@ -11,10 +11,11 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from dask_lambda import errors
+from dask_lambda.plan import Group
 from dask_lambda.run import Run
 from lambda_worker import protocol
 from lambda_worker.errors import StoreError
-from lambda_worker.protocol import Key, Reference
+from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
 
 logger = logging.getLogger("dask_lambda")
@@ -57,6 +58,19 @@ class Objects:
             run.held -= run.inline.pop(key, 0)
             if value.data is None:
                 run.encoder.written.discard(value.name)
+                names.append(value.name)
+        self.discard(run, names)
+
+    def discard_outputs(self, run: Run, group: Group, values: Iterable[Value]) -> None:
+        """Delete what an attempt at a group has written that came too late.
+
+        Of two attempts that wrote the same object there is only one: it stays while it is needed.
+        """
+        names = []
+        for key, value in zip(group.outputs, values, strict=True):
+            accepted = run.values.get(key)
+            in_use = accepted is not None and accepted.data is None and accepted.name == value.name
+            if value.data is None and not in_use:
                 names.append(value.name)
         self.discard(run, names)
 

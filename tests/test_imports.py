@@ -25,7 +25,10 @@ ENGINE = [
         "pickling",
         "failures",
         "state",
+        "books",
         "events",
+        "window",
+        "pace",
         "policy",
         "splitting",
         "plan",
@@ -44,7 +47,10 @@ GROUND = [
 PURE = [
     *(
         "state",
+        "books",
         "events",
+        "window",
+        "pace",
         "policy",
         "splitting",
         "plan",
@@ -127,7 +133,7 @@ def test_pure_modules_know_nothing_of_the_world(name):
 
 def test_the_state_machine_imports_the_plan_and_nothing_else_of_the_engine():
     imported = inner_imports(ROOT / "dask_lambda" / "state.py", "dask_lambda")
-    assert imported == {"events", "policy", "plan"}
+    assert imported == {"books", "events", "window", "pace", "policy", "plan"}
 
 
 def test_the_state_machine_calls_no_clock_and_no_unseeded_randomness():
