@@ -317,7 +317,7 @@ class Proxy:
         self._concurrency: int | None = None
         self._rate: float | None = None
         self._tokens, self._filled = 0.0, 0.0
-        self._running = 0
+        self._running = self._at_aws = 0
         self._orphans: dict[str, set[asyncio.Task[Any]]] = {}  # by the name of an output
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -342,7 +342,7 @@ class Proxy:
         self._plans = {kind: list(actions) for kind, actions in plans.items()}
         self._concurrency = self._rate = None
         self.seen.clear()
-        self.peak = self._running
+        self.peak = self._at_aws
 
     def limit(self, *, concurrency: int | None = None, rate: float | None = None) -> None:
         """Throttle as Lambda does.
@@ -356,7 +356,7 @@ class Proxy:
         """
         self._concurrency, self._rate = concurrency, rate
         self._tokens, self._filled = max(1.0, (rate or 0) / 10), time.monotonic()
-        self.peak = self._running
+        self.peak = self._at_aws
 
     # -- in the proxy's thread -------------------------------------------------------------------
 
@@ -394,7 +394,6 @@ class Proxy:
             if refused is not None:
                 return _respond(refused)
             self._running += 1
-            self.peak = max(self.peak, self._running)
             try:
                 return await self._act(received, request, self._next(request))
             finally:
@@ -488,6 +487,16 @@ class Proxy:
         return answer
 
     async def _send(self, received: web.BaseRequest, body: bytes) -> _Forwarded:
+        if _kind(received) != "invoke":
+            return await self._exchange(received, body)
+        self._at_aws += 1
+        self.peak = max(self.peak, self._at_aws)
+        try:
+            return await self._exchange(received, body)
+        finally:
+            self._at_aws -= 1
+
+    async def _exchange(self, received: web.BaseRequest, body: bytes) -> _Forwarded:
         headers = [(n, v) for n, v in received.headers.items() if n.lower() not in HOP_BY_HOP]
         url = URL(self.upstream + received.raw_path, encoded=True)
         async with self._client.request(
