@@ -316,6 +316,8 @@ class Faults:
         fault = draw(self.seed, self.intensity, kind, index)
         if fault is None or fault.name in self.without or not self._affordable(fault, request):
             return None
+        if fault.action is CONFLICT and "partNumber" in request.query:
+            return None  # a part is never written on a condition
         return self._happens(fault)
 
     def _happens(self, fault: Fault) -> Action:
