@@ -1,7 +1,7 @@
 """The mixed graphs of the soak, each with a check of its values.
 
-A case is made of a seed: data, sizes and the names of its tasks, so that two cases with the same seed
-are alike and all others have no task in common.
+A case is made of a seed: its data and sizes.  The names of its tasks are its own, so that no two
+cases have a task in common.
 """
 
 from __future__ import annotations
@@ -188,9 +188,9 @@ def fan_in(rng: random.Random, salt: str, directory: Path) -> Case:
     """Many become one."""
     count = rng.randint(12, 30)
     parts = [delayed(inc)(i, dask_key_name=f"part-{salt}-{i}") for i in range(count)]
-    return Case([delayed(total)(parts, dask_key_name=f"all-{salt}")], _equals(
-        count * (count + 1) // 2
-    ))
+    return Case(
+        [delayed(total)(parts, dask_key_name=f"all-{salt}")], _equals(count * (count + 1) // 2)
+    )
 
 
 def _matrix(rng: random.Random, salt: str, n: int, chunk: int) -> tuple[np.ndarray, da.Array]:

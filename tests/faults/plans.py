@@ -1,13 +1,13 @@
 """Which faults a run meets: random, and a pure function of a seed.
 
-:func:`draw` says what happens to the n-th request of a kind.  :class:`Faults` does that for one run, counts, and
-keeps the faults survivable: whatever is retried a bounded number of times fails less often than that, for each
-output or object.  A run whose faults are all survivable must end in the right answer.  With
-``fatal`` one fault is drawn besides that no client can survive; then the run ends in the right answer (the
-request was not needed, or was made twice), or in the one error that says so.
+:func:`draw` says what happens to the n-th request of a kind.  :class:`Faults` does that for one run,
+counts, and keeps the faults survivable: what is retried a bounded number of times happens less often
+than that to each output or object.  A run whose faults are all survivable must end in the right
+answer.  With ``fatal`` one fault is drawn besides that no client can survive; then the run ends in
+the right answer (the request was not needed, or was made twice), or in the one error that says so.
 
-The :class:`Dealer` tells the requests of several runs apart, which share a proxy: by the names of the
-outputs of their invocations, which are made of the keys of their tasks.
+The :class:`Dealer` tells the requests of several runs apart, which share a proxy: by the names of
+the outputs of their invocations, which are made of the keys of their tasks.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Intensity:
 
 INTENSITIES = {
     "none": Intensity(),
-    "mild": Intensity(0.08, 0.03),
+    "mild": Intensity(0.15, 0.05),
     "heavy": Intensity(0.35, 0.12),
     "30 % of invocations fail": Intensity(
         0.3, only=frozenset({"500", "503", "reset before", "reset after", "kill", "exit"})
@@ -101,8 +101,8 @@ INTENSITIES = {
     "duplicates": Intensity(
         0.5, 0.05, only=frozenset({"duplicate", "reset during", "reset after", "stall after"})
     ),
-    "S3": Intensity(0.02, 0.3),
-    "fatal": Intensity(0.05, 0.03, fatal=True),
+    "S3": Intensity(0.1, 0.3),
+    "fatal": Intensity(0.1, 0.05, fatal=True),
 }
 
 #: How often each of what is retried a bounded number of times happens to one output or object.
@@ -303,7 +303,7 @@ class Faults:
         self._spent: Counter[tuple[str, ...]] = Counter()
         rng = random.Random(f"{seed}/fatal")
         self._fatal_kind, self._fatal_fault, self._fatal_error = rng.choice(FATAL)
-        self._fatal_index = rng.randrange(6)
+        self._fatal_index = rng.randrange(4)
 
     def __call__(self, request: Request) -> Action:
         """Decide what happens to a request of the run."""

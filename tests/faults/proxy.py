@@ -1,8 +1,8 @@
 """An HTTP proxy in front of the embedded AWS that fails as it is told.
 
-It stands between the client and AWS (``endpoint_url=proxy.url``) and, if the function's environment
-has its address in ``AWS_ENDPOINT_URL_S3``, between the workers and S3.  What it does to each request
-is an :data:`Action`, from a list (:meth:`Proxy.plan`) or from a function (``decide``).
+It stands between the client and AWS (``endpoint_url=proxy.url``) and, if the function's
+environment has its address in ``AWS_ENDPOINT_URL_S3``, between the workers and S3.  What it does to
+each request is an :data:`Action`, from a list (:meth:`Proxy.plan`) or from a function (``decide``).
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ class Strike:
     fault: dict[str, Any]
 
 
-Action = (
-    Answer | Reset | Stall | Delay | Duplicate | Truncate | Corrupt | Damage | Strike | None
-)
+Action = Answer | Reset | Stall | Delay | Duplicate | Truncate | Corrupt | Damage | Strike | None
 
 # In the words of Lambda (Invoke, AWS Lambda API reference, section Errors)
 
@@ -210,9 +208,9 @@ class Request:
     Attributes
     ----------
     kind : str
-        ``"invoke"``, ``"check"`` (an Invoke that is a dry run), ``"put"``, ``"post"`` (begin and end
-        of an upload in parts), ``"get"``, ``"head"``, ``"list"``, ``"delete"``, or ``"abort"`` of
-        an upload in parts.
+        ``"invoke"``, ``"check"`` (an Invoke that is a dry run), ``"put"``, ``"post"`` (begin and
+        end of an upload in parts), ``"get"``, ``"head"``, ``"list"``, ``"delete"``, or
+        ``"abort"`` of an upload in parts.
     path : str
     body : bytes
     """

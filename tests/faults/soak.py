@@ -1,13 +1,14 @@
 """Mixed graphs under random faults, for a while: ``python -m tests.faults.soak`` (``make soak``).
 
-Each run has a seed, which says what is computed, how it is planned and sent, and which faults it meets
-(:mod:`tests.faults.graphs`, :mod:`tests.faults.plans`); several are made at a time, by threads that
-share two schedulers.  Whatever happens, a run must end, in the right answer or, if a fault was fatal,
-in the error that says so; readers of one task must have seen the same value; and nothing may be left in
-the bucket.  The table at the end counts what was not so, and the exit code is 1 if anything was not.
+Each run has a seed, which says what is computed, how it is planned and sent, and which faults it
+meets (:mod:`tests.faults.graphs`, :mod:`tests.faults.plans`); several are made at a time, by threads
+that share two schedulers.  Whatever happens, a run must end, in the right answer or, if a fault was
+fatal, in the error that says so; readers of one task must have seen the same value; and nothing may
+be left in the bucket.  The table at the end counts what was not so, and the exit code is 1 if
+anything was not.
 
-``--seed S --runs 1`` repeats the run that was reported with seed S: the same graph, settings and faults,
-as far as its requests come in the same order.
+``--seed S --runs 1`` repeats the run that was reported with seed S: the same graph, settings and
+faults, as far as its requests come in the same order.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ WINDOWS = (6, 4)
 
 #: How often each intensity is chosen.
 MIX = {
-    "none": 0.3,
+    "none": 0.2,
     "mild": 2.0,
     "heavy": 3.0,
     "30 % of invocations fail": 3.0,
@@ -244,9 +245,7 @@ class Soak:
                 outcome.problem = "lost"
         return outcome
 
-    def _compute(
-        self, case: Case, settings: dict[str, Any], number: int, outcome: Outcome
-    ) -> None:
+    def _compute(self, case: Case, settings: dict[str, Any], number: int, outcome: Outcome) -> None:
         scheduler = self.schedulers[1 if case.small_parts else number].get
         options = {"scheduler": scheduler, **settings}
         dealt: list[Any] = []

@@ -1,7 +1,8 @@
 """A function that runs lambda_worker and does to itself what the proxy tells it.
 
-Deployed beside ``lambda_worker`` (:mod:`tests.faults.deploy`).  The proxy adds a field ``"fault"`` to
-the request, for :class:`tests.faults.proxy.Strike`; everything else reaches lambda_worker unchanged.
+Deployed beside ``lambda_worker`` (:mod:`tests.faults.deploy`).  The proxy adds a field ``"fault"``
+to the request, for :class:`tests.faults.proxy.Strike`; everything else reaches lambda_worker
+unchanged.
 """
 
 from __future__ import annotations
