@@ -122,6 +122,12 @@ def pad(token: str, size: int) -> tuple[str, np.ndarray]:
     return token, np.zeros(size)
 
 
+def draw_pair(size: int) -> tuple[Any, Any]:
+    """A pair that belongs together, another one at each call."""
+    token = draw_token()
+    return pad(token, size), pad(token, size)
+
+
 def see(place: int, *tokens: Any) -> tuple[int, list[Any]]:
     """What a reader has seen."""
     return place, list(tokens)
@@ -283,34 +289,29 @@ def tokens(rng: random.Random, salt: str, directory: Path) -> Case:
     return Case([*sources, everybody], check)
 
 
-def chains(rng: random.Random, salt: str, directory: Path) -> Case:
-    """Rows of tasks that are not deterministic, all of whose steps are wanted."""
-    steps: list[Any] = []
-    rows, length = rng.randint(2, 4), rng.randint(2, 4)
-    for i in range(rows):
-        last: Any = delayed(draw_token)(dask_key_name=f"token-{salt}-{i}")
-        steps.append(last)
-        for j in range(length):
-            last = delayed(see)(j, last, dask_key_name=f"step-{salt}-{i}-{j}")
-            steps.append(last)
+def pairs(rng: random.Random, salt: str, directory: Path) -> Case:
+    """Groups with several outputs that belong together: the halves of random pairs."""
+    halves: list[Any] = []
+    count = rng.randint(2, 5)
+    for i in range(count):
+        pair = delayed(draw_pair)(rng.choice([1, 1, 30_000]), dask_key_name=f"pair-{salt}-{i}")
+        halves += [
+            delayed(operator.itemgetter(j))(pair, dask_key_name=f"half-{salt}-{i}-{j}")
+            for j in range(2)
+        ]
     readers = [
-        delayed(see)(n, step, dask_key_name=f"reader-{salt}-{n}") for n, step in enumerate(steps)
+        delayed(see)(n, half, dask_key_name=f"reader-{salt}-{n}") for n, half in enumerate(halves)
     ]
     everybody = delayed(seen)(*readers, dask_key_name=f"seen-{salt}")
-
-    def innermost(value: Any) -> str:
-        while not isinstance(value, str):
-            value = value[1][0]
-        return value
 
     def check(values: Sequence[Any]) -> None:
         *given, all_seen = values
         of_readers = [drawn[0] for _, drawn in all_seen]
-        for i in range(rows):
-            mine = slice(i * (length + 1), (i + 1) * (length + 1))
-            _agree([innermost(v) for v in (*given[mine], *of_readers[mine])])
+        for i in range(count):
+            mine = slice(2 * i, 2 * i + 2)
+            _agree([token for token, _ in (*given[mine], *of_readers[mine])])
 
-    return Case([*steps, everybody], check)
+    return Case([*halves, everybody], check)
 
 
 def raising(rng: random.Random, salt: str, directory: Path) -> Case:
@@ -376,7 +377,7 @@ GRAPHS: dict[str, Callable[[random.Random, str, Path], Case]] = {
     "results": results,
     "bag": bag,
     "tokens": tokens,
-    "chains": chains,
+    "pairs": pairs,
     "raising": raising,
     "retried": retried,
     "persisted": persisted,

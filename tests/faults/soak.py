@@ -1,9 +1,9 @@
 """Mixed graphs under random faults, for a while: ``python -m tests.faults.soak`` (``make soak``).
 
 Each run has a seed, which says what is computed, how it is planned and sent, and which faults it
-meets (:mod:`tests.faults.graphs`, :mod:`tests.faults.plans`); several are made at a time, by threads
-that share two schedulers.  Whatever happens, a run must end, in the right answer or, if a fault was
-fatal, in the error that says so; readers of one task must have seen the same value; and nothing may
+meets (:mod:`tests.faults.graphs`, :mod:`tests.faults.plans`); several are made at a time, by
+threads that share two schedulers.  Whatever happens, a run must end, in the right answer
+or, if a fault was fatal, in the error that says so; readers of one task must have seen the same value; and nothing may
 be left in the bucket.  The table at the end counts what was not so, and the exit code is 1 if
 anything was not.
 
