@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,15 @@ def deploy(
         Environment={"Variables": {**local_start.FUNCTION_ENVIRONMENT, **(environment or {})}},
     )
     return name
+
+
+def use_credentials(aws: LocalAWS) -> None:
+    """Let this process find an embedded AWS's credentials where it would find those of AWS."""
+    os.environ.update(
+        AWS_CONFIG_FILE=os.devnull,
+        AWS_SHARED_CREDENTIALS_FILE=os.devnull,
+        AWS_EC2_METADATA_DISABLED="true",
+        AWS_ACCESS_KEY_ID=aws.access_key_id,
+        AWS_SECRET_ACCESS_KEY=aws.secret_access_key,
+    )
+    os.environ.pop("AWS_SESSION_TOKEN", None)

@@ -1,10 +1,11 @@
 """Which faults a run meets: random, and a pure function of a seed.
 
 :func:`draw` says what happens to the n-th request of a kind.  :class:`Faults` does that for one
-run, counts, and keeps the faults survivable: what is retried a bounded number of times happens less
-often than that to each output or object.  A run whose faults are all survivable must end in the
-right answer.  With ``fatal`` one fault is drawn besides that no client can survive; then the run ends in
-the right answer (the request was not needed, or was made twice), or in the one error that says so.
+run, counts, and keeps the faults survivable: what is retried a bounded number of times happens
+less often than that to each output or object.  A run whose faults are all survivable must end in
+the right answer.  With ``fatal`` one fault is drawn besides that no client can survive; then the
+run ends in the right answer (the request was not needed, or was made twice), or in the one error
+that says so.
 
 The :class:`Dealer` tells the requests of several runs apart, which share a proxy: by the names of
 the outputs of their invocations, which are made of the keys of their tasks.

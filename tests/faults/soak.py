@@ -2,10 +2,10 @@
 
 Each run has a seed, which says what is computed, how it is planned and sent, and which faults it
 meets (:mod:`tests.faults.graphs`, :mod:`tests.faults.plans`); several are made at a time, by
-threads that share two schedulers.  Whatever happens, a run must end, in the right answer
-or, if a fault was fatal, in the error that says so; readers of one task must have seen the same value; and nothing may
-be left in the bucket.  The table at the end counts what was not so, and the exit code is 1 if
-anything was not.
+threads that share two schedulers.  Whatever happens, a run must end, in the right answer or, if a
+fault was fatal, in the error that says so; readers of one task must have seen the same value; and
+nothing may be left in the bucket.  The table at the end counts what was not so, and the exit code
+is 1 if anything was not.
 
 ``--seed S --runs 1`` repeats the run that was reported with seed S: the same graph, settings and
 faults, as far as its requests come in the same order.
@@ -37,7 +37,7 @@ import psutil
 from dask_lambda import LambdaScheduler
 from dask_lambda.local import LocalAWS
 from tests.faults import graphs
-from tests.faults.deploy import FAULTY, deploy
+from tests.faults.deploy import FAULTY, deploy, use_credentials
 from tests.faults.graphs import Case, Disagreement, Wrong
 from tests.faults.plans import INTENSITIES, Dealer, Faults
 from tests.faults.proxy import Proxy
@@ -374,11 +374,6 @@ def main() -> None:
     parser.add_argument("--intensity", choices=list(INTENSITIES))
     parser.add_argument("--without", default="", help="names of faults, separated by commas")
     arguments = parser.parse_args()
-    os.environ.update(
-        AWS_CONFIG_FILE=os.devnull,
-        AWS_SHARED_CREDENTIALS_FILE=os.devnull,
-        AWS_EC2_METADATA_DISABLED="true",
-    )
     setups = (
         Setup.of(seed, arguments.graph, arguments.intensity)
         for seed in range(arguments.seed, arguments.seed + arguments.runs)
@@ -387,8 +382,7 @@ def main() -> None:
     threads = set(threading.enumerate())
     with LocalAWS.start(concurrency=sum(WINDOWS)) as aws:
         server = psutil.Process(aws.server_pid)
-        os.environ["AWS_ACCESS_KEY_ID"] = aws.access_key_id
-        os.environ["AWS_SECRET_ACCESS_KEY"] = aws.secret_access_key
+        use_credentials(aws)
         deadline = time.monotonic() + 60 * arguments.minutes
         without = filter(None, arguments.without.split(","))
         context = Soak(aws, without)
