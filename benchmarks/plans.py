@@ -24,9 +24,10 @@ import numpy as np
 from benchmarks.overhead import graph_of
 from dask_lambda import LambdaScheduler
 from dask_lambda.cost_model import CostModel
+from dask_lambda.events import Done, GroupsAdded, InvocationEnded, Invoke
 from dask_lambda.graph import Graph, materialise, normalise
 from dask_lambda.plan import Group, Plan, PlanMode, make_plan
-from dask_lambda.state import Done, GroupsAdded, InvocationEnded, Invoke, State
+from dask_lambda.state import State
 
 TILES = 16
 

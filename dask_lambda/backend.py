@@ -7,7 +7,7 @@ boto3.  The engine does not know which of the two it talks to.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,9 @@ CHECK_SECONDS = 0.2
 
 @dataclass(slots=True)
 class AWSBackend:
-    """A function, a bucket, and the way to both."""
+    """Functions, a bucket, and the way to both."""
 
-    invoker: LambdaInvoker
+    invokers: Sequence[LambdaInvoker]  #: from the usual function to the one with most memory
     bucket_name: str
     bucket: Any
     prefix: str
@@ -86,7 +86,7 @@ def _local(settings: Settings) -> AWSBackend:
     )
     window = min(settings.concurrency or aws.concurrency, aws.concurrency)
     return AWSBackend(
-        invoker,
+        [invoker],
         aws.bucket,
         bucket,
         settings.prefix,
@@ -160,13 +160,18 @@ def _aws(settings: Settings) -> AWSBackend:
         raise ConfigurationError(
             f"{error}: check dask-lambda.region and dask-lambda.endpoint-url"
         ) from error
-    invoker = LambdaInvoker(
-        settings.function,
-        session.region_name,
-        credentials,
-        config.endpoint_url,
-        settings.timeout,
-    )
+    larger = sorted(settings.larger_functions.items())
+    invokers = [
+        LambdaInvoker(
+            function,
+            session.region_name,
+            credentials,
+            config.endpoint_url,
+            settings.timeout,
+            memory,
+        )
+        for memory, function in [(None, settings.function), *larger]
+    ]
     bucket = open_bucket(
         settings.bucket,
         endpoint_url=settings.endpoint_url,
@@ -175,7 +180,7 @@ def _aws(settings: Settings) -> AWSBackend:
     )
     window = _affordable(settings.concurrency or DEFAULT_CONCURRENCY)
     return AWSBackend(
-        invoker,
+        invokers,
         settings.bucket,
         bucket,
         settings.prefix,

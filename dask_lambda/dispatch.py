@@ -1,6 +1,6 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: run, state, plan, graph, encode, failures, the ground.
+May import: objects, run, state, plan, graph, encode, failures, the ground.
 
 An :class:`Engine` is one asyncio loop in one background thread, so that it works in scripts, in
 notebooks (where a loop is running already) and inside other schedulers.  All runs of a scheduler
@@ -13,24 +13,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets as tokens
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import errors, failures
+from dask_lambda.config import MAX_MEMORY
+from dask_lambda.cost import Prices
 from dask_lambda.encode import Encoder
-from dask_lambda.graph import short
-from dask_lambda.plan import Group, Plan
-from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
-from dask_lambda.splitting import split
-from dask_lambda.state import (
+from dask_lambda.events import (
+    PATIENCE,
+    Accept,
+    Budget,
+    Discard,
     Done,
     Event,
     Failure,
@@ -42,10 +45,16 @@ from dask_lambda.state import (
     RunCancelled,
     RunDrained,
     RunEnded,
-    State,
+    Stalled,
     TimePassed,
     Wake,
 )
+from dask_lambda.graph import short
+from dask_lambda.objects import Objects
+from dask_lambda.plan import Group, Plan
+from dask_lambda.run import Learn, Result, Run, RunFailed, RunSucceeded, Sealed
+from dask_lambda.splitting import split
+from dask_lambda.state import State
 from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
@@ -58,9 +67,6 @@ logger = logging.getLogger("dask_lambda")
 
 #: Downloads of results at the same time.
 FETCHES = 32
-#: Deletes are collected for so many seconds, or until there are so many.
-DELETE_DELAY = 0.25
-DELETE_BATCH = 1000
 #: Values that travel inline are held by the client until their last reader is done.  Above this
 #: many bytes in all, new results go through S3 whatever their size.
 MAX_HELD_BYTES = 256 * 2**20
@@ -70,10 +76,15 @@ CLOSE_SECONDS = 0.5
 REST_SECONDS = 0.05
 
 
+REFUSALS = (FailureKind.THROTTLED, FailureKind.RATE_LIMITED)
+
+
 class Backend(Protocol):
     """Where invocations and objects go."""
 
-    invoker: Any  #: with ``open``, ``close``, ``check`` and ``invoke``, as LambdaInvoker
+    #: With ``open``, ``close``, ``check`` and ``invoke``, as LambdaInvoker; from the usual function
+    #: to those with more memory.
+    invokers: Sequence[Any]
     bucket_name: str
     bucket: Any  #: an obstore store
     prefix: str
@@ -118,15 +129,15 @@ class Engine:
 
     def __init__(self, backend: Backend):
         self.backend = backend
-        self.state = State(backend.window, seed=tokens.randbits(32))
+        self.state = State(backend.window, seed=tokens.randbits(32), rungs=len(backend.invokers))
+        self.prices = Prices()
         self.pid = os.getpid()
         self.closed = False
         self._runs: dict[str, Run] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._deletes: set[asyncio.Task[Any]] = set()  # of stored results
         self._fetching = asyncio.Semaphore(FETCHES)
-        self._kept: dict[str, tuple[bytes, set[str]]] = {}  # run -> secret, object names
         self._store = Store(backend.bucket)
+        self._objects = Objects(self._store, self._spawn, self.load)
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="dask-lambda", daemon=True)
@@ -154,6 +165,10 @@ class Engine:
         watch: bool = False,
         watch_values: bool = False,
         learn: Learn | None = None,
+        speculate: bool = False,
+        patience: float = PATIENCE,
+        max_cost_usd: float | None = None,
+        max_seconds: float | None = None,
     ) -> Run:
         """Start a run.
 
@@ -171,6 +186,12 @@ class Engine:
             tasks, with its value.
         learn : callable, optional
             Told what the workers measured.
+        speculate : bool
+            Send an invocation once more that takes conspicuously long.
+        patience : float
+            Seconds for which a group is tried while the network or AWS fails.
+        max_cost_usd, max_seconds : float, optional
+            The run is stopped before it exceeds them.
         """
         readers = Counter(key for group in plan.groups for key in group.inputs)
         name, secret = tokens.token_hex(16), tokens.token_bytes(32)
@@ -186,7 +207,7 @@ class Engine:
                 bucket=self.backend.bucket_name,
                 run=name,
                 secret=secret,
-                secret_of=self._secret_of,
+                secret_of=self._objects.secret_of,
                 compression=compression,
             ),
             name=name,
@@ -197,6 +218,10 @@ class Engine:
             watch_values=watch_values,
             shared=frozenset(key for key, count in readers.items() if count > 1),
             learn=learn,
+            speculate=speculate,
+            patience=patience,
+            max_cost_usd=max_cost_usd,
+            max_seconds=max_seconds,
         )
         with self._lock:  # close() ends every run that was started before it
             if self.closed:
@@ -217,7 +242,7 @@ class Engine:
     def load(self, reference: Reference) -> Any:
         """Load a stored result, in any other thread than the engine's."""
         claim_process()
-        secret = self._secret_of(reference)
+        secret = self._objects.secret_of(reference)
         work = self._store.get_async(reference.name, reference.size)
         return codec.loads(self._call(work).result(), secret, reference.name)
 
@@ -225,7 +250,7 @@ class Engine:
         """Delete a stored result that nobody refers to any more."""
         if not self.closed and self.pid == os.getpid():
             with suppress(RuntimeError):  # the loop may be closing at this moment
-                self._loop.call_soon_threadsafe(self._forget, name)
+                self._loop.call_soon_threadsafe(self._objects.forget, name)
 
     def close(self) -> None:
         """Cancel all runs, delete all that is stored, end the thread.  Idempotent."""
@@ -277,8 +302,11 @@ class Engine:
             run.events.put(RunFailed(error))
 
     async def _open(self) -> None:
-        await self.backend.invoker.open()
-        failure = await self.backend.invoker.check()
+        invokers = self.backend.invokers
+        failure = None
+        for invoker in invokers:
+            await invoker.open()
+            failure = failure or await invoker.check()
         if failure is None:
             try:
                 prefix = f"{protocol.shards()[0]}/{self.backend.prefix}/"
@@ -287,7 +315,8 @@ class Engine:
             except StoreError as error:
                 failure = failures.from_store_error(error)
         if failure is not None:
-            await self.backend.invoker.close()
+            for invoker in invokers:
+                await invoker.close()
             raise failures.to_exception(failure, "", {})
 
     def _start(self, run: Run) -> None:
@@ -297,7 +326,28 @@ class Engine:
                 self._fetch(run, self._fetch_stored(run, key))
         plan, auto = run.plan, run.plan.mode != "none"
         smaller = partial(split, run.graph, plan.repeated) if auto else None
-        self._handle(GroupsAdded(run.name, plan.groups, plan.keep, split=smaller, batch=auto))
+        self._handle(
+            GroupsAdded(
+                run.name,
+                plan.groups,
+                plan.keep,
+                split=smaller,
+                batch=auto,
+                speculate=run.speculate,
+                patience=run.patience,
+                budget=self._budget(run),
+            )
+        )
+
+    def _budget(self, run: Run) -> Budget | None:
+        if run.max_cost_usd is None and run.max_seconds is None:
+            return None
+        gb_second = self.prices.lambda_gb_second
+        return Budget(
+            math.inf if run.max_cost_usd is None else run.max_cost_usd,
+            math.inf if run.max_seconds is None else run.started + run.max_seconds,
+            tuple((i.memory_mb or MAX_MEMORY) / 1024 * gb_second for i in self.backend.invokers),
+        )
 
     def _handle(self, event: Event) -> None:
         for instruction in self.state.handle(event, time.monotonic()):
@@ -308,8 +358,19 @@ class Engine:
                         for group in instruction.groups:
                             run.tell_started(group)
                     self._spawn(self._invoke(run, instruction))
+                case Accept(name, group, result):
+                    self._accept(self._runs[name], group, result)
+                case Discard(name, group, result):
+                    self._objects.discard_outputs(self._runs[name], group, result.values)
+                case Stalled(name, failure, since, patience):
+                    logger.warning(
+                        "the run has not got on for %.0f s: %s. It is tried again for up to %.0f s",
+                        time.monotonic() - since,
+                        failures.describe(failure),
+                        patience,
+                    )
                 case Release(name, keys):
-                    self._release(self._runs[name], keys)
+                    self._objects.release(self._runs[name], keys)
                 case RunEnded(name, failure, group):
                     run = self._runs[name]
                     run.over = True
@@ -348,19 +409,23 @@ class Engine:
         as_a_whole = isinstance(outcomes, Failure)
         if isinstance(outcomes, Failure):
             outcomes = [outcomes] * len(groups)
-        self._handle(InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole))
+        usd, run.spent = run.spent, run.counts.usd(run.store.counts, self.prices)
+        self._handle(
+            InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole, run.spent - usd)
+        )
 
     async def _outcomes(self, run: Run, instruction: Invoke) -> Sequence[Done | Failure] | Failure:
         """Send an invocation; return what became of each group, or of it as a whole."""
         groups = instruction.groups
-        if len(groups) == 1 and (failure := self._too_large(run, groups[0])) is not None:
+        invoker = self.backend.invokers[instruction.rung]
+        if len(groups) == 1 and (failure := self._too_large(run, groups[0], invoker.memory_mb)):
             return failure
         inline = run.inline_bytes if self._held() < MAX_HELD_BYTES else 0
         payload = await run.encoder.payload(groups, run.values, inline)
         if run.over:  # cancelled or failed meanwhile: do not spend money
             return Failure(FailureKind.FATAL)
-        reply: Reply = await self.backend.invoker.invoke(payload)
-        self._count(run, instruction, reply)
+        reply: Reply = await invoker.invoke(payload)
+        self._count(run, instruction, reply, invoker.memory_mb)
         content = reply.content
         if content is None or "refused" in content:
             if reply.ran:
@@ -383,43 +448,52 @@ class Engine:
                 run.uncertain.update(map(run.object_name, group.outputs))
                 outcomes.append(failures.from_record(record["error"]))
             else:
-                run.counts.tasks += len(group.tasks)
                 run.counts.compute_seconds += record["seconds"]
-                if run.learn is not None:
-                    run.learn(group, record.get("tasks", {}))
-                await self._take(run, group, record["outputs"])
-                outcomes.append(Done(seconds))
+                outcomes.append(Done(seconds, await self._result(run, record)))
         return outcomes
 
-    def _too_large(self, run: Run, group: Group) -> Failure | None:
-        """Refuse a task whose inputs alone exceed the function's memory, before it is paid for."""
-        memory = self.backend.invoker.memory_mb
-        if len(group.tasks) > 1 or memory is None:
+    def _too_large(self, run: Run, group: Group, memory_mb: int | None) -> Failure | None:
+        """Refuse a task that needs more than the function's memory, before it is paid for."""
+        if len(group.tasks) > 1 or memory_mb is None:
             return None
         nbytes = sum(run.values[key].size for key in group.inputs)
-        return failures.from_inputs(nbytes, memory) if nbytes > memory * 2**20 else None
+        for what, needed in (("its inputs take", nbytes), ("it is said to need", group.memory)):
+            if needed > memory_mb * 2**20:
+                return failures.from_needs(needed, memory_mb, what)
+        return None
 
-    def _count(self, run: Run, instruction: Invoke, reply: Reply) -> None:
+    def _count(self, run: Run, instruction: Invoke, reply: Reply, memory_mb: int | None) -> None:
         counts = run.counts
-        if reply.failure is not None and reply.failure.kind is FailureKind.THROTTLED:
+        if reply.failure is not None and reply.failure.kind in REFUSALS:
             counts.throttles += 1
         elif reply.ran:
             counts.invocations += 1
-        if instruction.tries:
+            counts.speculative += instruction.speculative
+        if instruction.tries and not instruction.speculative:
             counts.retries += 1
         if reply.content is not None:
             counts.add_reply(reply.content, reply.billed_ms)
         elif reply.billed_ms is not None:
-            counts.add_billed(reply.billed_ms, self.backend.invoker.memory_mb or 0)
+            counts.add_billed(reply.billed_ms, memory_mb or 0)
 
-    async def _take(self, run: Run, group: Group, outputs: Iterable[dict[str, Any]]) -> None:
+    async def _result(self, run: Run, record: dict[str, Any]) -> Result:
+        """Read what a worker says of a group that is done."""
+        values = [Value.from_json(each) for each in record["outputs"]]
+        sealed = None
+        if run.watch_values and not run.over:
+            value = values[0]
+            data = value.data
+            if data is None:
+                data = await run.store.get_async(value.name, value.size)
+            sealed = Sealed(data, run.secret, value.name)
+        return Result(values, record.get("tasks", {}), sealed)
+
+    def _accept(self, run: Run, group: Group, result: Result) -> None:
         """Note where a group's outputs are, and fetch those that the caller wants."""
-        for key, record in zip(group.outputs, outputs, strict=True):
-            value = Value.from_json(record)
-            if run.over:
-                if value.data is None:
-                    self._discard(run, [value.name])
-                continue
+        run.counts.tasks += len(group.tasks)
+        if run.learn is not None:
+            run.learn(group, result.measured)
+        for key, value in zip(group.outputs, result.values, strict=True):
             value.shared = key in run.shared
             run.values[key] = value
             data = value.data
@@ -431,22 +505,8 @@ class Engine:
                     self._fetch(run, self._fetch_result(run, key, value))
                 else:
                     run.results[key] = Sealed(data, run.secret, value.name)
-        if run.watch and not run.over:
-            sealed = None
-            if run.watch_values:
-                value = run.values[group.outputs[0]]
-                data = value.data
-                if data is None:
-                    data = await run.store.get_async(value.name, value.size)
-                sealed = Sealed(data, run.secret, value.name)
-            run.tell_finished(group, sealed)
-
-    def _expected(self, run: Run) -> Iterable[Key]:
-        """Return what the invocations in flight may yet write."""
-        for groups in self.state.in_flight.values():
-            for group in groups:
-                if group.run.name == run.name:
-                    yield from group.spec.outputs
+        if run.watch:
+            run.tell_finished(group, result.sealed)
 
     def _held(self) -> int:
         return sum(run.held for run in self._runs.values())
@@ -473,7 +533,7 @@ class Engine:
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a result that another run has stored."""
         reference = run.graph.stored[key]
-        secret = self._secret_of(reference)
+        secret = self._objects.secret_of(reference)
         async with self._fetching:
             data = await run.store.get_async(reference.name, reference.size)
         run.results[key] = Sealed(data, secret, reference.name)
@@ -485,7 +545,7 @@ class Engine:
             try:
                 await asyncio.gather(*run.fetches)
                 if run.keep_results:
-                    await self._keep(run)
+                    await self._objects.keep(run)
             except StoreError as error:
                 failure = failures.from_store_error(error)
             except Exception as error:  # noqa: BLE001  the caller raises it
@@ -493,12 +553,21 @@ class Engine:
         if failure is not None:
             for fetch in run.fetches:
                 fetch.cancel()
+            if failure.kind is FailureKind.BUDGET:
+                failure = self._over_budget(run)
             key = short(group.outputs[-1]) if group else ""
             exception = failures.to_exception(failure, key, {run.name: run.secret})
             outcome = RunFailed(exception)
-        await self._sweep(run)
+        await self._objects.sweep(run)
         run.events.put(outcome)
         await self._bury(run)
+
+    def _over_budget(self, run: Run) -> Failure:
+        limits = {"max_cost_usd": run.max_cost_usd, "max_seconds": run.max_seconds}
+        said = " and ".join(f"{name}={value:g}" for name, value in limits.items() if value)
+        return failures.from_budget(
+            run.counts.usd(run.store.counts, self.prices), time.monotonic() - run.started, said
+        )
 
     async def _cancel(self, run: Run) -> None:
         if run.over:
@@ -507,116 +576,14 @@ class Engine:
         for fetch in run.fetches:
             fetch.cancel()
         self._handle(RunCancelled(run.name))
-        await self._sweep(run)
+        await self._objects.sweep(run)
         self._spawn(self._bury(run))
 
     async def _bury(self, run: Run) -> None:
         """Delete what the last invocations in flight have written, and forget the run."""
         await run.drained.wait()
-        await self._sweep(run)
+        await self._objects.sweep(run)
         self._runs.pop(run.name, None)
-
-    # -- objects ---------------------------------------------------------------------------------
-
-    def _release(self, run: Run, keys: Iterable[Key]) -> None:
-        names = []
-        for key in keys:
-            value = run.values.pop(key)
-            run.held -= run.inline.pop(key, 0)
-            if value.data is None:
-                run.encoder.written.discard(value.name)
-                names.append(value.name)
-        self._discard(run, names)
-
-    def _discard(self, run: Run, names: Iterable[str]) -> None:
-        """Delete objects soon, many at a time."""
-        run.trash.extend(names)
-        if len(run.trash) >= DELETE_BATCH:
-            self._spawn(self._empty(run))
-        elif run.trash and not run.delete_soon:
-            run.delete_soon = True
-            self._loop.call_later(DELETE_DELAY, self._delete_now, run)
-
-    def _delete_now(self, run: Run) -> None:
-        run.delete_soon = False
-        if run.trash:
-            self._spawn(self._empty(run))
-
-    async def _empty(self, run: Run) -> None:
-        async with run.deleting:
-            names, run.trash = run.trash, []
-            await self._delete(run.store, names)
-
-    async def _sweep(self, run: Run) -> None:
-        """Delete every object of an ended run that is known or, in the end, possible."""
-        self._release(run, list(run.values))
-        names = run.encoder.take_written()
-        if run.drained.is_set():
-            names |= run.uncertain | await self._find_lost(run)
-            run.uncertain, run.lost = set(), set()
-        run.trash.extend(names.difference(run.trash))
-        await self._empty(run)
-
-    async def _find_lost(self, run: Run) -> set[str]:
-        """Find what invocations have written that were lost before they could say so.
-
-        A large output is an object of which only its pointer, if it was written, has the name.
-        """
-        folders = {protocol.attempts_folder(name) for name in run.lost}
-        if len(folders) > len(protocol.shards()):
-            folders = {run.encoder.folder(shard) for shard in protocol.shards()}
-        found = set(run.lost)
-        try:
-            for folder in folders:
-                found.update([name async for name in run.store.list_async(folder)])
-        except StoreError as error:
-            logger.warning("what lost invocations have left behind is not known: %s", error)
-        kept = {name for v in run.kept.values() for name in protocol.objects_of(v.name)}
-        return found - kept
-
-    async def _keep(self, run: Run) -> None:
-        """Leave the results of a run in S3 and remember how to load and delete them."""
-        names = set()
-        found = run.plan.fetch & run.values.keys()
-        await asyncio.gather(*(run.encoder.spill(run.values[key]) for key in found))
-        for key in found:
-            value = run.values.pop(key)
-            run.held -= run.inline.pop(key, 0)
-            run.encoder.written.discard(value.name)
-            run.uncertain.discard(value.name)
-            names.add(value.name)
-            run.kept[key] = value
-        self._kept[run.name] = run.secret, names
-        protocol.resolvers[run.name] = self.load
-
-    def _secret_of(self, reference: Reference) -> bytes:
-        try:
-            return self._kept[protocol.run_of(reference.name)][0]
-        except KeyError:
-            raise errors.LostDataError(
-                f"the persisted result {reference.name!r} does not exist any more, or belongs "
-                "to another scheduler; compute with the scheduler that persisted it, or persist "
-                "again"
-            ) from None
-
-    def _forget(self, name: str) -> None:
-        run = protocol.run_of(name)
-        kept = self._kept.get(run)
-        if kept is None or name not in kept[1]:
-            return
-        kept[1].discard(name)
-        if not kept[1]:
-            del self._kept[run]
-            protocol.resolvers.pop(run, None)
-        task = self._spawn(self._delete(self._store, [name]))
-        self._deletes.add(task)
-        task.add_done_callback(self._deletes.discard)
-
-    async def _delete(self, store: Store, names: list[str]) -> None:
-        try:
-            await store.delete_async(names)
-        except StoreError as error:
-            logger.warning("%d objects are left behind: %s", len(names), error)
 
     async def _close(self) -> None:
         for run in list(self._runs.values()):
@@ -629,15 +596,12 @@ class Engine:
         while self._runs and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         for run in list(self._runs.values()):  # what is still in flight may yet write these
-            run.lost.update(run.object_name(key) for key in self._expected(run))
+            run.lost.update(run.object_name(key) for key in self.state.expected(run.name))
             run.drained.set()
-            await self._sweep(run)
-        names = [name for _, kept in self._kept.values() for name in kept]
-        for name in self._kept:
-            protocol.resolvers.pop(name, None)
-        self._kept.clear()
-        await asyncio.gather(*self._deletes, self._delete(self._store, names))
+            await self._objects.sweep(run)
+        await self._objects.close()
         for task in self._tasks:  # invocations in flight: nobody listens to them any more
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.backend.invoker.close()
+        for invoker in self.backend.invokers:
+            await invoker.close()

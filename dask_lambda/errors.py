@@ -17,6 +17,7 @@ from lambda_worker.errors import (
 __all__ = [
     "AccessDeniedError",
     "BucketNotFoundError",
+    "BudgetExceededError",
     "ConfigurationError",
     "CyclicGraphError",
     "DaskLambdaError",
@@ -86,6 +87,10 @@ class WorkerDiedError(InvocationError):
 
 class PayloadTooLargeError(InvocationError):
     """A request or a response exceeded Lambda's limit of 6 MB."""
+
+
+class BudgetExceededError(InvocationError):
+    """The run was stopped before it exceeds ``max_cost_usd`` or ``max_seconds``."""
 
 
 class ThrottledError(InvocationError):

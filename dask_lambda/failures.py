@@ -10,13 +10,20 @@ group failed (:func:`from_record`).  :func:`to_exception` turns each into what t
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from dask_lambda import errors
-from dask_lambda.state import Failure, FailureKind
+from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
+
+_PEAK = re.compile(r"\tMax Memory Used: (\d+) MB")
+_MORE_MEMORY = (
+    "Make the chunks smaller, or give the function more memory (dask-lambda.memory; Lambda allows "
+    "10,240 MB), or name functions with more memory in dask-lambda.larger-functions."
+)
 
 
 @dataclass(slots=True)
@@ -72,7 +79,7 @@ def from_response(status: int, body: bytes, function: str, region: str) -> Failu
     match status:
         case 429:
             return Failure(
-                FailureKind.THROTTLED,
+                FailureKind.RATE_LIMITED if "Rate" in reason else FailureKind.THROTTLED,
                 Detail(
                     errors.ThrottledError,
                     f"Lambda refused to start it for too long ({reason or 'throttled'}). {said}",
@@ -167,7 +174,7 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
     if kind == "Sandbox.Timedout" or "Task timed out after" in text:
         seconds = text.rpartition("after ")[2].removesuffix(" seconds") if "after " in text else "?"
         return Failure(
-            FailureKind.RESOURCES,
+            FailureKind.TIMEOUT,
             Detail(
                 errors.FunctionTimeoutError,
                 f"ran longer than the function's time-out of {seconds} seconds",
@@ -177,14 +184,15 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
             ),
         )
     if kind == "Runtime.OutOfMemory" or "signal: killed" in text:
-        size = f"{memory_mb} MB" if memory_mb else "memory"
+        size = f"{memory_mb:,} MB" if memory_mb else "memory"
+        peak = _PEAK.search(log_tail)
+        measured = f"; at its peak it took {int(peak[1]):,} MB" if peak else ""
         return Failure(
-            FailureKind.RESOURCES,
+            FailureKind.MEMORY,
             Detail(
                 errors.OutOfMemoryError,
-                f"needed more than the function's {size} ({said})",
-                "Make the chunks smaller, or give the function more memory (dask-lambda.memory; "
-                "Lambda allows 10,240 MB).",
+                f"needed more than the function's {size} ({said}{measured})",
+                _MORE_MEMORY,
                 note=note,
             ),
         )
@@ -209,6 +217,16 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
                 note=note,
             ),
         )
+    if kind and not kind.startswith(("Runtime.", "Sandbox.", "Function.", "Extension.")):
+        return Failure(
+            FailureKind.FATAL,
+            Detail(
+                errors.InvocationError,
+                f"the function itself failed, not a task ({said})",
+                "Is dask-lambda.function a function that runs this version of lambda_worker?",
+                note=note,
+            ),
+        )
     return Failure(
         FailureKind.DEATH,
         Detail(
@@ -220,16 +238,25 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
     )
 
 
-def from_inputs(nbytes: int, memory_mb: int) -> Failure:
-    """Build the failure of a task that was not sent, since its inputs are too large."""
+def from_needs(nbytes: int, memory_mb: int, what: str) -> Failure:
+    """Build the failure of a task that was not sent, since the function has not enough memory.
+
+    Parameters
+    ----------
+    nbytes : int
+        That it needs at least.
+    memory_mb : int
+        Of the function.
+    what : str
+        What needs it: "its inputs", "it is annotated with memory of".
+    """
     return Failure(
-        FailureKind.FATAL,
+        FailureKind.MEMORY,
         Detail(
             errors.OutOfMemoryError,
-            f"its inputs of {nbytes / 2**20:,.0f} MB do not fit into the function's "
-            f"{memory_mb:,} MB; it was not sent",
-            "Make the chunks smaller, or give the function more memory (dask-lambda.memory; "
-            "Lambda allows 10,240 MB).",
+            f"{what} {nbytes / 2**20:,.0f} MB, more than the function's {memory_mb:,} MB; it was "
+            "not sent",
+            _MORE_MEMORY,
         ),
     )
 
@@ -285,7 +312,7 @@ def from_record(record: dict[str, Any]) -> Failure:
                     "needs in the notebook or script itself."
                 )
             return Failure(
-                FailureKind.TASK,
+                FailureKind.MEMORY if record.get("memory") else FailureKind.TASK,
                 Detail(
                     errors.RemoteError,
                     message,
@@ -344,6 +371,34 @@ def _store_failure(kind: str, message: str) -> Failure:
 # ---------------------------------------------------------------------------------------------
 # what the user sees
 # ---------------------------------------------------------------------------------------------
+
+
+def from_budget(spent_usd: float, seconds: float, limits: str) -> Failure:
+    """Build the failure of a run that may not spend more.
+
+    Parameters
+    ----------
+    spent_usd : float
+    seconds : float
+        That it took.
+    limits : str
+        What it was allowed, in the words of the settings.
+    """
+    return Failure(
+        FailureKind.BUDGET,
+        Detail(
+            errors.BudgetExceededError,
+            f"the run was stopped before it exceeds {limits}: it took {seconds:,.1f} s and "
+            f"about ${spent_usd:.6f} so far",
+            "Raise the limit and compute again.",
+        ),
+    )
+
+
+def describe(failure: Failure) -> str:
+    """Return what a failure says, without a task's name."""
+    detail = failure.detail
+    return detail.message if isinstance(detail, Detail) else str(detail)
 
 
 def to_exception(failure: Failure, key: str, secrets: dict[str, bytes]) -> BaseException:

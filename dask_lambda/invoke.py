@@ -22,7 +22,7 @@ from yarl import URL
 
 from dask_lambda import failures
 from dask_lambda.config import MAX_TIMEOUT
-from dask_lambda.state import Failure
+from dask_lambda.events import Failure
 
 #: How much longer than the function's time-out the client waits for an answer: the start of an
 #: environment (up to 10 s of init, once more on failure) and the way there and back.
@@ -74,6 +74,8 @@ class LambdaInvoker:
     timeout : float
         The function's time-out in seconds: an answer that does not come within it and a margin
         is given up.
+    memory_mb : int, optional
+        Of the function, if it is known; it says so itself in each reply.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class LambdaInvoker:
         credentials: Any,
         endpoint_url: str | None = None,
         timeout: float = MAX_TIMEOUT,
+        memory_mb: int | None = None,
     ):
         self.function = function
         self.region = region
@@ -93,7 +96,7 @@ class LambdaInvoker:
         # As it is signed: the colons of an ARN stay escaped.
         self._encoded_url = URL(self.url, encoded=True)
         self.timeout = timeout
-        self.memory_mb: int | None = None
+        self.memory_mb = memory_mb
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:

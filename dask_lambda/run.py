@@ -1,6 +1,6 @@
 """One graph being computed, and what its caller hears of it.
 
-May import: encode, plan, graph, report, the ground.  The record is made by
+May import: encode, events, plan, graph, report, the ground.  The record is made by
 :class:`dask_lambda.dispatch.Engine` and changed in its thread only.  The caller reads
 :attr:`Run.events` in its own thread, and after the last of them the results.
 """
@@ -8,12 +8,14 @@ May import: encode, plan, graph, report, the ground.  The record is made by
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from dask_lambda.encode import Encoder
+from dask_lambda.events import PATIENCE
 from dask_lambda.graph import Graph
 from dask_lambda.plan import Group, Plan
 from dask_lambda.report import RunCounts
@@ -57,6 +59,14 @@ class RunFailed:
     exception: BaseException
 
 
+class Result(NamedTuple):
+    """What a worker says of a group that is done."""
+
+    values: list[Value]  #: where its outputs are
+    measured: Mapping[str, Sequence[float]]  #: see :data:`Learn`
+    sealed: Sealed | None = None  #: the value of its one task, if the caller asked for values
+
+
 #: Called for each group that is done, with what the worker measured: key prefix to the number of
 #: tasks, their seconds, and the bytes of their results.
 Learn = Callable[[Group, Mapping[str, Sequence[float]]], None]
@@ -91,6 +101,12 @@ class Run:
     watch_values: bool
     shared: frozenset[Key]  # outputs that several groups read
     learn: Learn | None = None
+    speculate: bool = False
+    patience: float = PATIENCE
+    max_cost_usd: float | None = None
+    max_seconds: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    spent: float = 0.0  # US dollars that the state machine knows of
     counts: RunCounts = field(default_factory=RunCounts)
     events: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     results: dict[Key, Sealed] = field(default_factory=dict)

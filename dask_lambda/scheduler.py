@@ -41,7 +41,10 @@ from lambda_worker.store import Counts
 
 #: Settings that may be given for one computation: ``x.compute(scheduler=lambda_get, retries=3)``.
 CALL_SETTINGS = frozenset(
-    {"retries", "inline_bytes", "compression", "plan", "default_task_seconds"}
+    {
+        *("retries", "inline_bytes", "compression", "plan", "default_task_seconds"),
+        *("speculate", "patience", "max_cost_usd", "max_seconds"),
+    }
 )
 
 #: What tasks took in this process, whichever scheduler ran them.
@@ -73,7 +76,8 @@ class LambdaScheduler:
     **settings
         Any of the settings in ``dask_lambda.yaml``, as keywords: ``backend``, ``function``,
         ``bucket``, ``prefix``, ``region``, ``endpoint_url``, ``concurrency``, ``inline_bytes``,
-        ``compression``, ``plan``, ``memory``, ``timeout``, ``retries``,
+        ``compression``, ``plan``, ``memory``, ``timeout``, ``retries``, ``speculate``,
+        ``patience``, ``max_cost_usd``, ``max_seconds``, ``larger_functions``,
         ``default_task_seconds``.  They have precedence over Dask's configuration, which is read
         anew at each run.
 
@@ -127,7 +131,7 @@ class LambdaScheduler:
         retries : int, optional
             How often to run a task again that raises, times out or runs out of memory; an
             annotation ``retries`` of the task has precedence.
-        inline_bytes, compression, plan : optional
+        inline_bytes, compression, plan, speculate, patience, max_cost_usd, max_seconds : optional
             The settings of these names, for this call.
         callbacks : optional
             Dask callbacks for this call.
@@ -274,6 +278,10 @@ class LambdaScheduler:
                 watch=bool(callbacks),
                 watch_values=callbacks.wants_values,
                 learn=planner.learn if plan.mode == "auto" else None,
+                speculate=settings.speculate,
+                patience=settings.patience,
+                max_cost_usd=settings.max_cost_usd,
+                max_seconds=settings.max_seconds,
             )
             failed = True
             try:
@@ -337,6 +345,7 @@ class LambdaScheduler:
             settings.concurrency,
             settings.memory,
             settings.timeout,
+            tuple(sorted(settings.larger_functions.items())),
         )
         claim_process()
         with self._lock:
@@ -365,7 +374,7 @@ class _Planner:
     window : int
         Invocations in flight.
     memory_mb : int
-        Of the function.
+        Of the usual function.
     """
 
     def __init__(
@@ -377,7 +386,7 @@ class _Planner:
         memory_mb: int,
     ):
         self._graph, self._settings, self._annotations = graph, settings, annotations
-        self._alone = annotations.memory(memory_mb)
+        self._memory = annotations.memory(max(memory_mb, *settings.larger_functions, 0))
         self._model = CostModel.of(
             memory_mb, settings.timeout, inline_bytes=settings.inline_bytes, window=window
         )
@@ -390,14 +399,20 @@ class _Planner:
         """Return the planner for what an engine offers."""
         if engine is None:
             return cls(graph, settings, annotations, 1, settings.memory)
-        memory = engine.backend.invoker.memory_mb or settings.memory
+        memory = engine.backend.invokers[0].memory_mb or settings.memory
         return cls(graph, settings, annotations, engine.backend.window, memory)
 
     def plan(self, *, finalise: bool) -> Plan:
         """Plan the computation."""
         retries = self._annotations.of("retries", self._settings.retries)
         if self._settings.plan == "none":
-            return make_plan(self._graph, mode="none", finalise=finalise, retries=retries)
+            return make_plan(
+                self._graph,
+                mode="none",
+                finalise=finalise,
+                retries=retries,
+                memory=self._memory,
+            )
         order = topological(self._graph, set())
         self._guessed = guess(self._graph, order, self._model.speed)
         expected = estimate(
@@ -415,7 +430,7 @@ class _Planner:
             retries=retries,
             estimates=expected,
             model=self._model,
-            alike=self._alone,
+            memory=self._memory,
         )
 
     def learn(self, group: Group, measured: Mapping[str, Sequence[float]]) -> None:

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from dask_lambda import errors, failures
-from dask_lambda.state import Failure, FailureKind
+from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
 
@@ -45,7 +45,8 @@ def shown(failure: Failure, key: str = "'add-1'") -> BaseException:
 )
 def test_every_throttle_is_a_throttle_and_its_reason_is_shown(reason):
     failure = answer(429, Reason=reason, Type="User", message="Rate Exceeded.")
-    assert failure.kind is FailureKind.THROTTLED
+    by_rate = "Rate" in reason
+    assert failure.kind is (FailureKind.RATE_LIMITED if by_rate else FailureKind.THROTTLED)
     exception = shown(failure)
     assert type(exception) is errors.ThrottledError
     assert reason in str(exception)
@@ -156,9 +157,9 @@ def test_a_broken_connection_is_transient():
         {"errorMessage": "2026-01-01T00:00:00.000Z 41d0 Task timed out after 1.00 seconds"},
     ],
 )
-def test_a_time_out_is_of_resources_and_names_seconds_and_setting(body):
+def test_a_time_out_says_so_and_names_seconds_and_setting(body):
     failure = function_error(body)
-    assert failure.kind is FailureKind.RESOURCES
+    assert failure.kind is FailureKind.TIMEOUT
     exception = shown(failure)
     assert type(exception) is errors.FunctionTimeoutError
     assert isinstance(exception, TimeoutError)
@@ -181,14 +182,28 @@ def test_a_time_out_is_of_resources_and_names_seconds_and_setting(body):
         {"errorMessage": "RequestId: 41d0 Process exited before completing: signal: killed"},
     ],
 )
-def test_no_memory_left_is_of_resources_and_names_the_memory_and_the_setting(body):
+def test_no_memory_left_says_so_and_names_the_memory_and_the_setting(body):
     failure = function_error(body, memory_mb=512)
-    assert failure.kind is FailureKind.RESOURCES
+    assert failure.kind is FailureKind.MEMORY
     exception = shown(failure)
     assert type(exception) is errors.OutOfMemoryError
     assert isinstance(exception, MemoryError)
     assert "512 MB" in str(exception)
     assert "dask-lambda.memory" in str(exception)
+
+
+def test_no_memory_left_tells_the_peak_that_lambda_measured():
+    log = "REPORT RequestId: 1\tDuration: 9.00 ms\tMemory Size: 512 MB\tMax Memory Used: 511 MB"
+    text = str(shown(function_error({"errorType": "Runtime.OutOfMemory"}, log, 512)))
+    assert "function's 512 MB" in text
+    assert "at its peak it took 511 MB" in text
+
+
+def test_what_the_function_itself_raises_is_not_tried_again():
+    failure = function_error({"errorType": "KeyError", "errorMessage": "'groups'"})
+    assert failure.kind is FailureKind.FATAL
+    assert "KeyError" in str(shown(failure))
+    assert "dask-lambda.function" in str(shown(failure))
 
 
 def test_no_memory_left_can_be_told_before_the_memory_is_known():

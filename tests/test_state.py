@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from dask_lambda.state import (
-    Invoke,
-    Policy,
-    Release,
-    RunCancelled,
-    RunDrained,
-    RunEnded,
-    WindowChanged,
-)
+from dask_lambda.events import Invoke, Release, RunCancelled, RunDrained, RunEnded, WindowChanged
+from dask_lambda.policy import Policy
 from tests.state_script import (
     FATAL,
     TASK,
