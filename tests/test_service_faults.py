@@ -52,7 +52,7 @@ from tests.faults.proxy import (
     throttle,
     timed_out,
 )
-from tests.helpers import report
+from tests.helpers import eventually, report
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("one_task_each")]
 uses_bucket = True
@@ -424,6 +424,28 @@ def test_no_permission_of_the_caller_names_action(
     proxy.plan(**{kind: [DENIED]})
     with pytest.raises(AccessDeniedError, match=action):
         delayed(np.sum)(np.ones(100_000)).compute(scheduler=scheduler)
+
+
+def test_what_is_being_uploaded_when_a_run_fails_is_not_left_behind(
+    proxy: Proxy, connect: Connect
+) -> None:
+    scheduler = connect(endpoint_url=proxy.url, concurrency=4)
+    sums = [delayed(np.sum)(np.full(40_000, i)) for i in range(4)]
+    proxy.plan(put=[Delay(0.5), DENIED, Delay(0.5), Delay(0.5)])
+    with pytest.raises(AccessDeniedError, match="s3:PutObject"):
+        dask.compute(*sums, scheduler=scheduler)
+    assert eventually(lambda: not proxy.in_flight)
+
+
+def test_what_is_being_uploaded_when_persist_fails_is_not_left_behind(
+    proxy: Proxy, connect: Connect
+) -> None:
+    scheduler = connect(endpoint_url=proxy.url, concurrency=4)
+    made = [delayed(inc)(i) for i in range(4)]
+    proxy.plan(put=[Delay(0.5), DENIED, Delay(0.5), Delay(0.5)])
+    with pytest.raises(AccessDeniedError, match="s3:PutObject"):
+        dask.persist(*made, scheduler=scheduler.get)
+    assert eventually(lambda: not proxy.in_flight)
 
 
 def test_a_payload_that_lambda_finds_too_large_is_an_error(proxy: Proxy, connect: Connect) -> None:
