@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -533,8 +534,9 @@ async def _cut_off(
     response = web.StreamResponse(status=answer.status)
     response.headers.update(answer.headers)
     response.content_length = len(answer.body)
-    await response.prepare(received)
-    await response.write(part)
+    with suppress(ConnectionError):  # the client was faster
+        await response.prepare(received)
+        await response.write(part)
     if received.transport is not None:
         received.transport.close()
     return response
