@@ -104,6 +104,10 @@ class Encoder:
         written, self.written = self.written, set()
         return written
 
+    async def settle(self) -> None:
+        """Wait until no upload is on its way any more, however it ends."""
+        await asyncio.gather(*self._uploads.values(), return_exceptions=True)
+
     async def payload(
         self, groups: Sequence[Group], values: dict[Key, Value], inline_bytes: int
     ) -> bytes:
@@ -280,7 +284,10 @@ class Encoder:
         async with self._uploading:
             data = await _in_thread(size, sealed)
             self.written.add(name)
-            await self._store.put_async(name, data)
+            try:
+                await self._store.put_async(name, data)
+            finally:
+                self.written.add(name)  # it may have been taken, and deleted too early, meanwhile
             return len(data)
 
 

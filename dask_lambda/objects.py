@@ -97,6 +97,8 @@ class Objects:
     async def sweep(self, run: Run) -> None:
         """Delete every object of an ended run that is known or, in the end, possible."""
         self.release(run, list(run.values))
+        if run.drained.is_set():  # nothing new is uploaded
+            await run.encoder.settle()
         names = run.encoder.take_written()
         if run.drained.is_set():
             names |= run.uncertain | await self._find_lost(run)
