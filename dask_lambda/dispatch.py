@@ -42,7 +42,7 @@ from dask_lambda.events import (
     Wake,
 )
 from dask_lambda.graph import short
-from dask_lambda.objects import Objects
+from dask_lambda.objects import Objects, told_outputs
 from dask_lambda.plan import Group, Plan
 from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
 from dask_lambda.splitting import split
@@ -338,6 +338,8 @@ class Engine:
         except StoreError as error:
             outcomes = failures.from_store_error(error)
         except errors.DaskLambdaError as error:
+            if isinstance(error, errors.IntegrityError):  # of a reply, which is not believed
+                run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
             outcomes = Failure(FailureKind.FATAL, error)
         except Exception as error:  # a bug of ours must end the run, not hang it
             logger.exception("dispatching task %s failed", short(groups[0].outputs[0]))
@@ -411,12 +413,11 @@ class Engine:
 
     async def _take(self, run: Run, group: Group, outputs: Iterable[dict[str, Any]]) -> None:
         """Note where a group's outputs are, and fetch those that the caller wants."""
-        for key, record in zip(group.outputs, outputs, strict=True):
-            value = Value.from_json(record)
-            if run.over:
-                if value.data is None:
-                    self._objects.discard(run, [value.name])
-                continue
+        told = told_outputs(run, group, outputs)
+        if run.over:
+            self._objects.discard_outputs(run, told)
+            return
+        for key, value in told:
             value.shared = key in run.shared
             run.values[key] = value
             data = value.data
@@ -428,7 +429,7 @@ class Engine:
                     self._fetch(run, self._fetch_result(run, key, value))
                 else:
                     run.results[key] = Sealed(data, run.secret, value.name)
-        if run.watch and not run.over:
+        if run.watch:
             sealed = None
             if run.watch_values:
                 value = run.values[group.outputs[0]]
@@ -437,6 +438,12 @@ class Engine:
                     data = await run.store.get_async(value.name, value.size)
                 sealed = Sealed(data, run.secret, value.name)
             run.tell_finished(group, sealed)
+
+    def _discard_outputs(
+        self, run: Run, group: Group, outputs: Iterable[dict[str, Any]]
+    ) -> None:
+        """Delete what an attempt has written at a group that another one has done before it."""
+        self._objects.discard_outputs(run, told_outputs(run, group, outputs))
 
     def _expected(self, run: Run) -> Iterable[Key]:
         """Return what the invocations in flight may yet write."""

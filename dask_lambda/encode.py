@@ -1,6 +1,6 @@
 """From groups to the payload of an invocation.
 
-May import: pickling, graph, plan, errors, the ground.
+May import: pickling, entangled, graph, plan, errors, the ground.
 
 Lambda takes 6 MB in one synchronous request, so everything is measured before it is sent.  What
 does not fit goes through S3, once: large buffers inside a task (chunks of ``from_array``) and
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from dask._task_spec import Alias, GraphNode
 
+from dask_lambda.entangled import entangled
 from dask_lambda.errors import PayloadTooLargeError, UnserializableError
 from dask_lambda.graph import Graph, short
 from dask_lambda.pickling import FunctionCache
@@ -88,6 +89,7 @@ class Encoder:
         self._functions = FunctionCache()
         self._uploading = asyncio.Semaphore(UPLOADS)
         self._uploads: dict[str, asyncio.Task[int]] = {}
+        self._spills: dict[str, asyncio.Task[tuple[str, int]]] = {}
         self._literals: dict[Key, asyncio.Task[Value]] = {}
         self._frames: dict[tuple[int, int], tuple[Any, str]] = {}  # buffer -> itself, name
 
@@ -137,8 +139,9 @@ class Encoder:
         )
         payload = _json(request.to_json())
         if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs
-            name = self.object_name("groups-" + protocol.key_label(groups[0].outputs[0]))
             listing = _json([r.to_json() for r in requests])
+            digest = hashlib.blake2b(listing, digest_size=16).hexdigest()
+            name = self.object_name("groups-" + digest)
             sealed = codec.dumps(listing, self._secret, name)
             request.groups = Value(name, await self._upload(name, lambda: sealed))
             payload = _json(request.to_json())
@@ -150,11 +153,21 @@ class Encoder:
         return payload
 
     async def spill(self, value: Value) -> None:
-        """Move an inline value to S3."""
-        data = value.data
-        if data is not None:
-            value.size = await self._upload(value.name, lambda: data)
+        """Move an inline value to S3, under a name at which nobody else writes.
+
+        Under its own there may be what a lost attempt has committed, which is another value.
+        """
+        if value.data is not None:
+            name = value.name
+            value.name, value.size = await _once(self._spills, name, lambda: self._spill(value))
             value.data = None
+
+    async def _spill(self, value: Value) -> tuple[str, int]:
+        assert value.data is not None
+        name = protocol.attempt_name(protocol.output_of(value.name))
+        sealed = bytearray(value.data)
+        codec.sign(sealed, self._secret, name)
+        return name, await self._upload(name, lambda: sealed)
 
     # -- one group -------------------------------------------------------------------------------
 
@@ -213,7 +226,13 @@ class Encoder:
         outputs = [self.object_name(label) for label in labels]
         name = self.object_name("body-" + labels[0])
         sealed = codec.seal(frames, self._secret, name)
-        return GroupRequest(Value(name, len(sealed), sealed), inputs, outputs, uploads[::-1])
+        return GroupRequest(
+            Value(name, len(sealed), sealed),
+            inputs,
+            outputs,
+            uploads[::-1],
+            entangled(graph, group),
+        )
 
     async def _outside(self, key: Key, inline_bytes: int, secrets: dict[str, bytes]) -> Value:
         """Describe an input that no group makes."""

@@ -1,6 +1,6 @@
 """The objects of runs in the bucket: what stays, and the deletion of all else.
 
-May import: run, errors, the ground.  To be used in the engine's thread.
+May import: run, entangled, plan, graph, errors, the ground.  To be used in the engine's thread.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from dask_lambda import errors
+from dask_lambda.entangled import entangled
+from dask_lambda.graph import short
+from dask_lambda.plan import Group
 from dask_lambda.run import Run
 from lambda_worker import protocol
 from lambda_worker.errors import StoreError
-from lambda_worker.protocol import Key, Reference
+from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
 
 logger = logging.getLogger("dask_lambda")
@@ -22,6 +25,41 @@ logger = logging.getLogger("dask_lambda")
 #: Deletes are collected for so many seconds, or until there are so many.
 DELETE_DELAY = 0.25
 DELETE_BATCH = 1000
+
+
+def told_outputs(run: Run, group: Group, records: Any) -> list[tuple[Key, Value]]:
+    """Read from a reply where the outputs of a group are.
+
+    Raises
+    ------
+    IntegrityError
+        If it names anything but this group's outputs.
+    """
+    values = [Value.from_json(record) for record in records]
+    if len(values) != len(group.outputs):
+        raise errors.IntegrityError(
+            f"a reply tells of {len(values)} outputs of a group that has {len(group.outputs)}; "
+            "it was not used"
+        )
+    for key, value in zip(group.outputs, values, strict=True):
+        name = run.object_name(key)
+        if value.name != name and not _is_attempt(value.name, name):
+            raise errors.IntegrityError(
+                f"a reply says that the output {short(key)} of run {run.name} is the object "
+                f"{value.name[:500]!r}, which is no version of {name!r}; it was not read"
+            )
+    attempts = {value.name.rpartition("~/")[2] for value in values}
+    if len(attempts) > 1 and entangled(run.graph, group):
+        raise errors.IntegrityError(
+            f"a reply mixes outputs of several attempts at task {short(group.outputs[-1])} of run "
+            f"{run.name}; they were not used"
+        )
+    return list(zip(group.outputs, values, strict=True))
+
+
+def _is_attempt(name: str, output: str) -> bool:
+    folder, _, attempt = name.rpartition("/")
+    return folder == protocol.attempts_folder(output) and bool(attempt)
 
 
 class Objects:
@@ -57,7 +95,29 @@ class Objects:
             run.held -= run.inline.pop(key, 0)
             if value.data is None:
                 run.encoder.written.discard(value.name)
-                names.append(value.name)
+                names += protocol.objects_of(value.name)
+        self.discard(run, names)
+
+    def discard_outputs(self, run: Run, outputs: Iterable[tuple[Key, Value]]) -> None:
+        """Delete what an invocation has written that nobody reads.
+
+        For the outputs of a group of an ended run, and for those of a group that is done already:
+        then another attempt was first, and what is read in its stead stays.
+
+        Parameters
+        ----------
+        run : Run
+        outputs : iterable of (key, Value)
+            What the reply told (:func:`told_outputs`).
+        """
+        names = []
+        for key, value in outputs:
+            if value.data is None:
+                needed = run.values.get(key) or run.kept.get(key)
+                read = [] if needed is None or needed.data is not None else [needed.name]
+                if value.name in read:  # the very same: the pointer to it is needed no less
+                    continue
+                names += [name for name in protocol.objects_of(value.name) if name not in read]
         self.discard(run, names)
 
     def discard(self, run: Run, names: Iterable[str]) -> None:
@@ -92,7 +152,7 @@ class Objects:
     async def _find_lost(self, run: Run) -> set[str]:
         """Find what invocations have written that were lost before they could say so.
 
-        A large output is an object of which only its pointer, if it was written, has the name.
+        An attempt's own version of an output has a name that only a reply or a pointer tells.
         """
         folders = {protocol.attempts_folder(name) for name in run.lost}
         if len(folders) > len(protocol.shards()):
@@ -148,7 +208,7 @@ class Objects:
         if not kept[1]:
             del self._kept[run]
             protocol.resolvers.pop(run, None)
-        task = self._spawn(self.delete(self.store, [name]))
+        task = self._spawn(self.delete(self.store, protocol.objects_of(name)))
         self._deletes.add(task)
         task.add_done_callback(self._deletes.discard)
 
@@ -161,7 +221,12 @@ class Objects:
 
     async def close(self) -> None:
         """Delete all results that stay."""
-        names = [name for _, kept in self._kept.values() for name in kept]
+        names = [
+            each
+            for _, kept in self._kept.values()
+            for name in kept
+            for each in protocol.objects_of(name)
+        ]
         for run in self._kept:
             protocol.resolvers.pop(run, None)
         self._kept.clear()

@@ -78,6 +78,7 @@ class Served:
 
     def __init__(self, group: GroupRequest):
         self.group = group
+        self.attempt = protocol.new_attempt() if group.entangled else ""
         self.outputs: list[Value | Future[Value] | None] = [None] * len(group.outputs)
         self.left: set[str] = set()  # objects in the bucket of which no value tells
         self.run: GroupRun | None = None
@@ -264,9 +265,7 @@ class Invocation:
         self._inputs.put_first([slot for slot in slots if slot])
         try:
             for output in run.outputs():
-                served.outputs[output.place] = self._commit(
-                    keys[output.place], group.outputs[output.place], output, served.left
-                )
+                served.outputs[output.place] = self._commit(served, keys[output.place], output)
         except TaskError as error:
             if isinstance(error.__cause__, StoreError | IntegrityError):
                 raise error.__cause__ from None  # a reference that could not be loaded
@@ -282,7 +281,7 @@ class Invocation:
         except BaseException as error:
             raise self._exception(group, None, error, "unpickling the task: ") from error
 
-    def _commit(self, key: Key, name: str, output: Output, left: set[str]) -> Any:
+    def _commit(self, served: Served, key: Key, output: Output) -> Any:
         """Send a result back, or begin to upload it: then the value is in a future.
 
         A copy is made now.  The value may be dropped at once, and whatever later tasks do to it
@@ -300,21 +299,24 @@ class Invocation:
                 type=type(error).__name__,
             ) from error
         output.size = size = codec.sealed_size(frames)
+        name = served.group.outputs[output.place]
         secret = self.request.secrets[self.request.run]
         if size <= self.request.inline_bytes and size <= self.inline_left:
             self.inline_left -= size
+            if served.attempt:
+                name = protocol.attempt_name(name, served.attempt)
             return Value(name, size, codec.seal(frames, secret, name))
         self._uploads.make_room(size)
-        upload = partial(self._upload, [codec.lay_out(frames)], name, secret, left)
+        upload = partial(self._upload, [codec.lay_out(frames)], name, secret, served)
         return self._uploads.start(size, upload)
 
-    def _upload(self, copy: list[bytearray], name: str, secret: bytes, left: set[str]) -> Value:
+    def _upload(self, copy: list[bytearray], name: str, secret: bytes, served: Served) -> Value:
         laid_out = copy.pop()
         if self.request.compression != "none":
             frames = codec.frames_of(laid_out, name)
             laid_out = codec.lay_out(frames, self.request.compression)
             del frames
-        return commit(self.store, name, laid_out, secret, left)
+        return commit(self.store, name, laid_out, secret, served.left, served.attempt)
 
     def _exception(
         self, group: GroupRequest, key: Any, error: BaseException | None, doing: str = ""

@@ -309,13 +309,10 @@ class Store:
         self._count(deletes=1)
 
     async def delete_async(self, names: Sequence[str]) -> None:
-        """Delete objects, a thousand a request; those that are not there do not matter.
-
-        With a large output goes the pointer to it (:func:`lambda_worker.protocol.attempt_name`).
-        """
+        """Delete objects, a thousand a request; those that are not there do not matter."""
         if not names:
             return
-        names = list({n: None for name in names for n in protocol.objects_of(name)})
+        names = list(dict.fromkeys(names))
         with _missing_is_fine(), _translated("s3:DeleteObject", names[0]):
             await obstore.delete_async(self.bucket, names)
         self._count(deletes=-(-len(names) // 1000))

@@ -185,7 +185,7 @@ def test_a_value_and_its_pointer_are_deleted_together(store: Store, bucket_names
     value, _ = commit_value(store, LARGE)
     assert len(bucket_names()) == 2
     assert protocol.run_of(value.name) == RUN
-    asyncio.run(store.delete_async([value.name]))
+    asyncio.run(store.delete_async(protocol.objects_of(value.name)))
     assert bucket_names() == []
 
 
