@@ -23,7 +23,7 @@ from lambda_worker.errors import IntegrityError, StoreError
 from lambda_worker.protocol import Value
 from lambda_worker.store import Parts, Store, open_bucket
 from tests.helpers import report
-from tests.proxy import Proxy, Reset, s3_error
+from tests.faults.proxy import Proxy, Reset, s3_error
 
 pytestmark = pytest.mark.local
 uses_bucket = True

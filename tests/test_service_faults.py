@@ -19,7 +19,7 @@ from dask_lambda.errors import (
 )
 from dask_lambda.local import LocalAWS
 from tests.helpers import report
-from tests.proxy import Answer, Proxy, Reset, s3_error, throttle
+from tests.faults.proxy import Answer, Proxy, Reset, s3_error, throttle
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("one_task_each")]
 uses_bucket = True
