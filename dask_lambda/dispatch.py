@@ -421,6 +421,9 @@ class Engine:
             value.shared = key in run.shared
             run.values[key] = value
             data = value.data
+            if data is None and run.encoder.is_entangled(group):
+                # Should it have been delivered twice, only a list tells what the other one wrote.
+                run.lost.add(protocol.output_of(value.name))
             if data is not None:
                 run.inline[key] = value.size
                 run.held += value.size
@@ -439,9 +442,7 @@ class Engine:
                 sealed = Sealed(data, run.secret, value.name)
             run.tell_finished(group, sealed)
 
-    def _discard_outputs(
-        self, run: Run, group: Group, outputs: Iterable[dict[str, Any]]
-    ) -> None:
+    def _discard_outputs(self, run: Run, group: Group, outputs: Iterable[dict[str, Any]]) -> None:
         """Delete what an attempt has written at a group that another one has done before it."""
         self._objects.discard_outputs(run, told_outputs(run, group, outputs))
 

@@ -87,6 +87,7 @@ class Encoder:
         self._secret = secret
         self._compression = compression
         self._functions = FunctionCache()
+        self._entangled: dict[tuple[Key, ...], bool] = {}  # by the outputs of a group
         self._uploading = asyncio.Semaphore(UPLOADS)
         self._uploads: dict[str, asyncio.Task[int]] = {}
         self._spills: dict[str, asyncio.Task[tuple[str, int]]] = {}
@@ -105,6 +106,14 @@ class Encoder:
         """Return what was written, to be deleted by the caller."""
         written, self.written = self.written, set()
         return written
+
+    def is_entangled(self, group: Group) -> bool:
+        """Whether the outputs of a group must be of one attempt."""
+        if len(group.outputs) < 2:
+            return False
+        if group.outputs not in self._entangled:
+            self._entangled[group.outputs] = entangled(self._graph, group)
+        return self._entangled[group.outputs]
 
     async def payload(
         self, groups: Sequence[Group], values: dict[Key, Value], inline_bytes: int
@@ -231,7 +240,7 @@ class Encoder:
             inputs,
             outputs,
             uploads[::-1],
-            entangled(graph, group),
+            self.is_entangled(group),
         )
 
     async def _outside(self, key: Key, inline_bytes: int, secrets: dict[str, bytes]) -> Value:

@@ -1,6 +1,6 @@
 """The objects of runs in the bucket: what stays, and the deletion of all else.
 
-May import: run, entangled, plan, graph, errors, the ground.  To be used in the engine's thread.
+May import: run, plan, graph, errors, the ground.  To be used in the engine's thread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from dask_lambda import errors
-from dask_lambda.entangled import entangled
 from dask_lambda.graph import short
 from dask_lambda.plan import Group
 from dask_lambda.run import Run
@@ -49,7 +48,7 @@ def told_outputs(run: Run, group: Group, records: Any) -> list[tuple[Key, Value]
                 f"{value.name[:500]!r}, which is no version of {name!r}; it was not read"
             )
     attempts = {value.name.rpartition("~/")[2] for value in values}
-    if len(attempts) > 1 and entangled(run.graph, group):
+    if len(attempts) > 1 and run.encoder.is_entangled(group):
         raise errors.IntegrityError(
             f"a reply mixes outputs of several attempts at task {short(group.outputs[-1])} of run "
             f"{run.name}; they were not used"
@@ -159,12 +158,15 @@ class Objects:
             folders = {run.encoder.folder(shard) for shard in protocol.shards()}
         found = set(run.lost)
         try:
-            for folder in folders:
-                found.update([name async for name in run.store.list_async(folder)])
+            for names in await asyncio.gather(*(self._list(run, each) for each in folders)):
+                found.update(names)
         except StoreError as error:
             logger.warning("what lost invocations have left behind is not known: %s", error)
         kept = {name for v in run.kept.values() for name in protocol.objects_of(v.name)}
         return found - kept
+
+    async def _list(self, run: Run, folder: str) -> list[str]:
+        return [name async for name in run.store.list_async(folder)]
 
     async def keep(self, run: Run) -> None:
         """Leave the results of a run in S3 and remember how to load and delete them."""

@@ -281,7 +281,7 @@ def pointer_name(output: str) -> str:
 
 
 def objects_of(name: str) -> list[str]:
-    """Return the objects that a value consists of: itself, and the pointer to it if there is one."""
+    """Return the objects that a value consists of: itself, and the pointer to it."""
     folder = name.rpartition("/")[0]
     return [name, folder[:-1]] if folder.endswith("~") else [name]
 

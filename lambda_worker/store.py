@@ -30,7 +30,7 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
-from lambda_worker import codec, protocol
+from lambda_worker import codec
 from lambda_worker.errors import IntegrityError, StoreError, StoreErrorKind
 
 #: A whole object of 10 GB at 75 MB/s, the sustained bandwidth of one Lambda, takes 133 s.
