@@ -44,10 +44,10 @@ from dask_lambda.events import (
 from dask_lambda.graph import short
 from dask_lambda.objects import Objects, told_outputs
 from dask_lambda.plan import Group, Plan
-from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
+from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed, fetch_sealed
 from dask_lambda.splitting import split
 from dask_lambda.state import State
-from lambda_worker import codec, protocol
+from lambda_worker import protocol
 from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
@@ -215,8 +215,8 @@ class Engine:
         """Load a stored result, in any other thread than the engine's."""
         claim_process()
         secret = self._objects.secret_of(reference)
-        work = self._store.get_async(reference.name, reference.size)
-        return codec.loads(self._call(work).result(), secret, reference.name)
+        sealed: Sealed = self._call(fetch_sealed(self._store, reference, secret)).result()
+        return sealed.load()
 
     def forget(self, name: str) -> None:
         """Delete a stored result that nobody refers to any more."""
@@ -358,7 +358,8 @@ class Engine:
         payload = await run.encoder.payload(groups, run.values, inline)
         if run.over:  # cancelled or failed meanwhile: do not spend money
             return Failure(FailureKind.FATAL)
-        reply: Reply = await self.backend.invoker.invoke(payload)
+        with run.encoder.lease.held():
+            reply: Reply = await self.backend.invoker.invoke(payload)
         self._count(run, instruction, reply)
         content = reply.content
         if content is None or "refused" in content:
@@ -380,7 +381,8 @@ class Engine:
             run.uncertain.update(record.get("left", ()))
             if "error" in record:  # perhaps after one of its outputs was written
                 run.uncertain.update(map(run.object_name, group.outputs))
-                outcomes.append(failures.from_record(record["error"]))
+                leased = run.encoder.lease.there
+                outcomes.append(failures.from_record(record["error"], leased=leased))
             else:
                 run.counts.tasks += len(group.tasks)
                 run.counts.compute_seconds += record["seconds"]
@@ -436,10 +438,10 @@ class Engine:
             sealed = None
             if run.watch_values:
                 value = run.values[group.outputs[0]]
-                data = value.data
-                if data is None:
-                    data = await run.store.get_async(value.name, value.size)
-                sealed = Sealed(data, run.secret, value.name)
+                if value.data is None:
+                    sealed = await fetch_sealed(run.store, value, run.secret)
+                else:
+                    sealed = Sealed(value.data, run.secret, value.name)
             run.tell_finished(group, sealed)
 
     def _discard_outputs(self, run: Run, group: Group, outputs: Iterable[dict[str, Any]]) -> None:
@@ -472,16 +474,14 @@ class Engine:
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
-            data = await run.store.get_async(value.name, value.size)
-        run.results[key] = Sealed(data, run.secret, value.name)
+            run.results[key] = await fetch_sealed(run.store, value, run.secret)
 
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a result that another run has stored."""
         reference = run.graph.stored[key]
         secret = self._objects.secret_of(reference)
         async with self._fetching:
-            data = await run.store.get_async(reference.name, reference.size)
-        run.results[key] = Sealed(data, secret, reference.name)
+            run.results[key] = await fetch_sealed(run.store, reference, secret)
 
     async def _finish(self, run: Run, failure: Failure | None, group: Group | None) -> None:
         """Tell the caller the outcome, when nothing of the run is left in the bucket."""

@@ -1,6 +1,6 @@
 """From groups to the payload of an invocation.
 
-May import: pickling, entangled, graph, plan, errors, the ground.
+May import: pickling, lease, entangled, graph, plan, errors, the ground.
 
 Lambda takes 6 MB in one synchronous request, so everything is measured before it is sent.  What
 does not fit goes through S3, once: large buffers inside a task (chunks of ``from_array``) and
@@ -21,6 +21,7 @@ from dask._task_spec import Alias, GraphNode
 from dask_lambda.entangled import entangled
 from dask_lambda.errors import PayloadTooLargeError, UnserializableError
 from dask_lambda.graph import Graph, short
+from dask_lambda.lease import Lease
 from dask_lambda.pickling import FunctionCache
 from dask_lambda.plan import Group
 from lambda_worker import codec, protocol
@@ -36,7 +37,7 @@ MAX_SPILLS = 4
 MAX_LIST_BYTES = 64 * 2**20
 #: Uploads at the same time; each holds a sealed copy of what it uploads.
 UPLOADS = 16
-#: Hashing and sealing more than this is left to another thread.
+#: Hashing, sealing and verifying more than this is left to another thread.
 MIN_THREAD_BYTES = 1024 * 1024
 
 K = TypeVar("K")
@@ -63,6 +64,8 @@ class Encoder:
     ----------
     written : set of str
         Objects that the encoder has put into S3 and nobody has deleted.
+    lease : Lease
+        Of the run: each payload says whether it was written.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Encoder:
         compression: protocol.Compression = "none",
     ):
         self.written: set[str] = set()
+        self.lease = Lease(store, protocol.object_name(prefix, run, "lease"), secret)
         self.secret_of = secret_of
         self._graph = graph
         self._store = store
@@ -144,7 +148,14 @@ class Encoder:
         inline = [v for r in requests for v in (r.body, *r.inputs) if v.data is not None]
         await self._make_room(inline)
         request = Request(
-            self._run, secrets, self._bucket, inline_bytes, requests, self._compression
+            self._run,
+            secrets,
+            self._bucket,
+            inline_bytes,
+            requests,
+            self._compression,
+            self.lease.name,
+            self.lease.there,
         )
         payload = _json(request.to_json())
         if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs

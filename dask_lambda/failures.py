@@ -270,8 +270,15 @@ def from_refusal(worker: dict[str, Any]) -> Failure:
     )
 
 
-def from_record(record: dict[str, Any]) -> Failure:
-    """Classify the "error" of one group in a reply."""
+def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
+    """Classify the "error" of one group in a reply.
+
+    Parameters
+    ----------
+    record : dict
+    leased : bool
+        Whether the run's lease was written: else a worker that misses it is right to stop.
+    """
     kind, message = record["kind"], record["message"]
     key = record.get("key", "")
     match kind:
@@ -299,7 +306,30 @@ def from_record(record: dict[str, Any]) -> Failure:
         case "unserializable":
             return Failure(FailureKind.TASK, Detail(errors.UnserializableError, message, key=key))
         case "integrity":
-            return Failure(FailureKind.FATAL, Detail(errors.IntegrityError, message))
+            return Failure(
+                FailureKind.FATAL,
+                Detail(errors.IntegrityError, f"the worker refused what it read: {message}"),
+            )
+        case "cancelled" if not leased:
+            return Failure(
+                FailureKind.TRANSIENT,
+                Detail(
+                    errors.InvocationError,
+                    f"a worker stopped, since the client was late to tell it to go on: {message}",
+                    "Is the client's network or S3 very slow?",
+                ),
+            )
+        case "cancelled":
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.RunDeletedError,
+                    f"a worker stopped although the run goes on: {message}",
+                    "Were the run's objects deleted, with 'dask-lambda clean' in another process, "
+                    "by a lifecycle rule or by hand? Compute again; clean only what is older than "
+                    "the longest run.",
+                ),
+            )
     return _store_failure(kind.removeprefix("store-"), f"on the worker: {message}")
 
 

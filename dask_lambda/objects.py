@@ -139,7 +139,11 @@ class Objects:
             await self.delete(run.store, names)
 
     async def sweep(self, run: Run) -> None:
-        """Delete every object of an ended run that is known or, in the end, possible."""
+        """Delete every object of an ended run that is known or, in the end, possible.
+
+        First of all the lease, so that workers stop and write no more.
+        """
+        await run.encoder.lease.end()
         self.release(run, list(run.values))
         names = run.encoder.take_written()
         if run.drained.is_set():

@@ -87,5 +87,6 @@ def _first(store: Store, name: str, size: int, secret: bytes) -> Value:
             frames = codec.unseal(data, secret, protocol.pointer_name(name))
         except IntegrityError:  # a small value, whose tag is bound to another name
             return Value(name, size)
-        return Value(*json.loads(bytes(frames[0])))
+        target, length = json.loads(bytes(frames[0]))
+        return Value(target, length)
     return Value(name, size)

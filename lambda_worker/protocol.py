@@ -166,6 +166,8 @@ class Request:
     inline_bytes: int  #: outputs up to this size come back in the reply
     groups: list[GroupRequest] | Value  #: a value: their sealed JSON, where it is too long
     compression: Compression = "none"  #: of the outputs that go to S3
+    lease: str = ""  #: name of the object whose end ends the run (:mod:`lambda_worker.lease`)
+    leased: bool = False  #: whether it was written already
 
     def to_json(self) -> dict[str, Any]:
         """Build the event of the Invoke."""
@@ -178,6 +180,7 @@ class Request:
             "bucket": self.bucket,
             "inline_bytes": self.inline_bytes,
             "compression": self.compression,
+            "lease": [self.lease, self.leased],
             "groups": (
                 groups.to_json() if isinstance(groups, Value) else [g.to_json() for g in groups]
             ),
@@ -193,6 +196,8 @@ class Request:
             bucket=event["bucket"],
             inline_bytes=event["inline_bytes"],
             compression=event["compression"],
+            lease=event.get("lease", ("", False))[0],
+            leased=event.get("lease", ("", False))[1],
             groups=(
                 Value.from_json(groups)
                 if isinstance(groups, dict)

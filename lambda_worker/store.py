@@ -31,7 +31,7 @@ from obstore.exceptions import (
 from obstore.store import S3Store
 
 from lambda_worker import codec
-from lambda_worker.errors import IntegrityError, StoreError, StoreErrorKind
+from lambda_worker.errors import StoreError, StoreErrorKind
 
 #: A whole object of 10 GB at 75 MB/s, the sustained bandwidth of one Lambda, takes 133 s.
 REQUEST_TIMEOUT = timedelta(seconds=300)
@@ -47,6 +47,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DENIALS = (PermissionDeniedError, UnauthenticatedError)
 #: The same where obstore has no class for it: lists, and batches of deletes.
 _DENIED = re.compile(r"\bstatus: 40[13]\b")
+#: A range that begins behind the end of an object.
+_BEHIND_THE_END = re.compile(r"\bstatus code: 416\b|Wanted range starting at")
 #: S3's own words.
 _SAID = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
 
@@ -162,6 +164,7 @@ class Store:
     def get(self, name: str, size: int) -> Any:
         """Return an object's bytes, of which there are ``size``.
 
+        If there are fewer, it is an IntegrityError.
         Small objects are read-only; large ones, read in parts, are a writable buffer that
         belongs to the caller.
         """
@@ -170,7 +173,8 @@ class Store:
         buffer = codec.allocate(size)
 
         def get(part: tuple[int, int]) -> None:
-            _fill(buffer, name, *part, self._get(name, *part))
+            start, end = part
+            buffer[start:end] = self._get(name, start, end)
 
         parts = [self._pool().submit(get, part) for part in self.parts.ranges(size)]
         try:
@@ -190,7 +194,8 @@ class Store:
 
         async def get(part: tuple[int, int]) -> None:
             async with self._ranges_at_once:
-                _fill(buffer, name, *part, await self._get_async(name, *part))
+                start, end = part
+                buffer[start:end] = await self._get_async(name, start, end)
 
         parts = [asyncio.ensure_future(get(part)) for part in self.parts.ranges(size)]
         try:
@@ -204,14 +209,31 @@ class Store:
     def _get(self, name: str, start: int, end: int) -> Any:
         with _translated("s3:GetObject", name):
             data = obstore.get_range(self.bucket, name, start=start, end=end)
-        self._count(gets=1, bytes_read=len(data))
-        return data
+        return self._got(name, start, end, data)
 
     async def _get_async(self, name: str, start: int, end: int) -> Any:
         with _translated("s3:GetObject", name):  # one step, where get and bytes would be two
             data = await obstore.get_range_async(self.bucket, name, start=start, end=end)
+        return self._got(name, start, end, data)
+
+    def _got(self, name: str, start: int, end: int, data: Any) -> Any:
         self._count(gets=1, bytes_read=len(data))
+        if len(data) != end - start:
+            raise codec.damaged(name, f"is truncated: it ends at {start + len(data)}")
         return data
+
+    def exists(self, name: str) -> bool:
+        """Whether an object is there."""
+        try:
+            with _translated("s3:GetObject", name):
+                obstore.head(self.bucket, name)
+        except StoreError as error:
+            if error.kind != "missing":
+                raise
+            return False
+        finally:
+            self._count(gets=1)
+        return True
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -340,12 +362,6 @@ class Store:
                 yield entry["path"]
 
 
-def _fill(buffer: Any, name: str, start: int, end: int, data: Any) -> None:
-    if len(data) != end - start:
-        raise IntegrityError(f"object {name!r} is truncated: it ends at {start + len(data)}")
-    buffer[start:end] = data
-
-
 @contextmanager
 def _missing_is_fine() -> Iterator[None]:
     try:
@@ -363,6 +379,8 @@ def _translated(action: str, name: str) -> Iterator[None]:
         raise
     except (BaseError, OSError, ValueError) as error:
         text = str(error)
+        if _BEHIND_THE_END.search(text):
+            raise codec.damaged(name, "is truncated: S3 has less of it than was written") from error
         kind: StoreErrorKind = "transient"
         if "NoSuchBucket" in text:
             kind = "no-bucket"

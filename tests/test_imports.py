@@ -23,6 +23,7 @@ ENGINE = [
         "invoke",
         "encode",
         "pickling",
+        "lease",
         "failures",
         "state",
         "events",
@@ -39,7 +40,7 @@ ENGINE = [
 ]
 #: The ground, likewise.
 GROUND = [
-    *("handler", "uploads", "prefetch", "execute", "folds", "commit", "store", "codec"),
+    *("handler", "lease", "uploads", "prefetch", "execute", "folds", "commit", "store", "codec"),
     *("cache", "memory", "protocol", "errors"),
 ]
 PURE = [

@@ -25,7 +25,7 @@ from lambda_worker.store import Parts, Store, open_bucket
 from tests.helpers import report
 from tests.faults.proxy import Proxy, Reset, s3_error
 
-pytestmark = pytest.mark.local
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("without_lease")]
 uses_bucket = True
 
 Names = Callable[[], list[str]]
