@@ -64,6 +64,9 @@ FETCHES = 32
 MAX_HELD_BYTES = 256 * 2**20
 #: How long closing waits for invocations in flight, whose outputs are then deleted.
 CLOSE_SECONDS = 0.5
+#: How long a result waits for new credentials, and how often they are looked for.
+CREDENTIALS_SECONDS = 180.0
+RENEW_SECONDS, MAX_RENEW_SECONDS = 0.25, 10.0
 #: How long obstore's threads get at the end of the interpreter, to hand over what is done.
 REST_SECONDS = 0.05
 
@@ -82,6 +85,9 @@ class Backend(Protocol):
 
     def check(self) -> None:
         """Raise an error that says why it cannot be reached any more, if that is known."""
+
+    def refresh(self) -> None:
+        """Look for credentials anew, since AWS says that these have expired."""
 
 
 _process: int | None = None  # the one in which obstore's threads are
@@ -123,7 +129,7 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._fetching = asyncio.Semaphore(FETCHES)
         self._store = Store(backend.bucket)
-        self._objects = Objects(self._store, self._spawn, self.load)
+        self._objects = Objects(self._store, self._spawn, self.load, backend.refresh)
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="dask-lambda", daemon=True)
@@ -344,6 +350,8 @@ class Engine:
         except Exception as error:  # a bug of ours must end the run, not hang it
             logger.exception("dispatching task %s failed", short(groups[0].outputs[0]))
             outcomes = Failure(FailureKind.FATAL, error)
+        if failures.is_expired(outcomes):
+            await asyncio.to_thread(self.backend.refresh)
         as_a_whole = isinstance(outcomes, Failure)
         if isinstance(outcomes, Failure):
             outcomes = [outcomes] * len(groups)
@@ -474,14 +482,30 @@ class Engine:
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
-            run.results[key] = await fetch_sealed(run.store, value, run.secret)
+            work = partial(fetch_sealed, run.store, value, run.secret)
+            run.results[key] = await self._patiently(work)
 
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a result that another run has stored."""
         reference = run.graph.stored[key]
         secret = self._objects.secret_of(reference)
         async with self._fetching:
-            run.results[key] = await fetch_sealed(run.store, reference, secret)
+            work = partial(fetch_sealed, run.store, reference, secret)
+            run.results[key] = await self._patiently(work)
+
+    async def _patiently(self, work: Callable[[], Coroutine[Any, Any, Sealed]]) -> Sealed:
+        """Do something with S3; while credentials have expired, wait for new ones for a while."""
+        deadline = self._loop.time() + CREDENTIALS_SECONDS
+        delay = RENEW_SECONDS
+        while True:
+            try:
+                return await work()
+            except StoreError as error:
+                if error.kind != "expired" or self._loop.time() + delay > deadline:
+                    raise
+            await asyncio.to_thread(self.backend.refresh)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MAX_RENEW_SECONDS)
 
     async def _finish(self, run: Run, failure: Failure | None, group: Group | None) -> None:
         """Tell the caller the outcome, when nothing of the run is left in the bucket."""

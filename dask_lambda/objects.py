@@ -24,6 +24,8 @@ logger = logging.getLogger("dask_lambda")
 #: Deletes are collected for so many seconds, or until there are so many.
 DELETE_DELAY = 0.25
 DELETE_BATCH = 1000
+#: Until obstore asks for the credentials that were found.
+RENEW_SECONDS = 0.2
 
 
 def told_outputs(run: Run, group: Group, records: Any) -> list[tuple[Key, Value]]:
@@ -72,6 +74,8 @@ class Objects:
         Starts a coroutine in the background.
     load : callable
         Loads a reference, for whoever unpickles one in this process.
+    refresh : callable
+        Looks for credentials anew.
     """
 
     def __init__(
@@ -79,10 +83,12 @@ class Objects:
         store: Store,
         spawn: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
         load: Callable[[Reference], Any],
+        refresh: Callable[[], None],
     ):
         self.store = store
         self._spawn = spawn
         self._load = load
+        self._refresh = refresh
         self._kept: dict[str, tuple[bytes, set[str]]] = {}  # run -> secret, object names
         self._deletes: set[asyncio.Task[Any]] = set()  # of stored results
 
@@ -221,7 +227,14 @@ class Objects:
     async def delete(self, store: Store, names: list[str]) -> None:
         """Delete objects now; if that fails, it is logged."""
         try:
-            await store.delete_async(names)
+            try:
+                await store.delete_async(names)
+            except StoreError as error:
+                if error.kind != "expired":
+                    raise
+                await asyncio.to_thread(self._refresh)
+                await asyncio.sleep(RENEW_SECONDS)
+                await store.delete_async(names)
         except StoreError as error:
             logger.warning("%d objects are left behind: %s", len(names), error)
 

@@ -47,6 +47,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DENIALS = (PermissionDeniedError, UnauthenticatedError)
 #: The same where obstore has no class for it: lists, and batches of deletes.
 _DENIED = re.compile(r"\bstatus: 40[13]\b")
+#: Credentials that were good once, or are not yet ("Error responses", Amazon S3 API reference).
+_EXPIRED = re.compile(r"\b(ExpiredToken|TokenRefreshRequired|InvalidToken|RequestTimeTooSkewed)")
 #: A range that begins behind the end of an object.
 _BEHIND_THE_END = re.compile(r"\bstatus code: 416\b|Wanted range starting at")
 #: S3's own words.
@@ -386,6 +388,8 @@ def _translated(action: str, name: str) -> Iterator[None]:
             kind = "no-bucket"
         elif isinstance(error, FileNotFoundError):
             kind = "missing"
+        elif _EXPIRED.search(text):
+            kind = "expired"
         elif isinstance(error, _DENIALS) or _DENIED.search(text):
             kind = "denied"
         said = _SAID.search(text)

@@ -36,7 +36,7 @@ ENGINE = [
     *("tiling", "units"),
     "folding",
     *("history", "estimates", "graph", "cost_model", "kernels"),
-    *("report", "cost", "config", "errors"),
+    *("report", "cost", "config", "credentials", "errors"),
 ]
 #: The ground, likewise.
 GROUND = [
