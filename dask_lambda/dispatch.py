@@ -221,7 +221,8 @@ class Engine:
         """Load a stored result, in any other thread than the engine's."""
         claim_process()
         secret = self._objects.secret_of(reference)
-        sealed: Sealed = self._call(fetch_sealed(self._store, reference, secret)).result()
+        work = partial(fetch_sealed, self._store, reference, secret)
+        sealed: Sealed = self._call(self._patiently(work)).result()
         return sealed.load()
 
     def forget(self, name: str) -> None:
@@ -383,6 +384,9 @@ class Engine:
             return failure
         if "error" in content:  # the worker could not read the list of groups
             return failures.from_record(content["error"])
+        if len(content["groups"]) != len(groups):
+            said = f"{len(content['groups'])} groups in a reply to {len(groups)}"
+            return failures.from_foreign_reply(said.encode(), self.backend.invoker.function)
         outcomes: list[Done | Failure] = []
         seconds = content["milliseconds"] / 1e3 / len(groups)  # batches are of one kind
         for group, record in zip(groups, content["groups"], strict=True):

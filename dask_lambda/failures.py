@@ -276,7 +276,7 @@ def from_inputs(nbytes: int, memory_mb: int) -> Failure:
     )
 
 
-def from_foreign_reply(body: bytes, function: str) -> Failure:
+def from_foreign_reply(body: bytes, function: str, why: str = "") -> Failure:
     """Build the failure of an answer that is not one of lambda_worker's."""
     start = body[:200].decode("utf-8", "replace")
     return Failure(
@@ -284,7 +284,7 @@ def from_foreign_reply(body: bytes, function: str) -> Failure:
         Detail(
             errors.InvocationError,
             f"function {function!r} answered something that is not a reply of lambda_worker: "
-            f"{start!r}",
+            f"{start!r}" + (f" ({why})" if why else ""),
             "Check dask-lambda.function: it must name a function that runs lambda_worker.",
         ),
     )
@@ -351,6 +351,17 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
             return Failure(
                 FailureKind.FATAL,
                 Detail(errors.IntegrityError, f"the worker refused what it read: {message}"),
+            )
+        case "request" | "broken":
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.InvocationError,
+                    f"the worker could not serve the request: {message}",
+                    "If the function was deployed from this environment, this is a bug of "
+                    "dask_lambda: please report it.",
+                    note=record.get("traceback", ""),
+                ),
             )
         case "cancelled" if not leased:
             return Failure(

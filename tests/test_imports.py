@@ -25,6 +25,7 @@ ENGINE = [
         "pickling",
         "lease",
         "failures",
+        "replies",
         "state",
         "events",
         "policy",
@@ -59,7 +60,7 @@ PURE = [
         "graph",
         "cost_model",
     ),
-    *("kernels", "failures", "cost", "simulate", "bounds", "timeline", "aws_model"),
+    *("kernels", "failures", "replies", "cost", "simulate", "bounds", "timeline", "aws_model"),
 ]
 WORLD = {
     *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),
