@@ -17,7 +17,7 @@ from typing import Any
 from dask_lambda import errors
 from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
-from lambda_worker.errors import StoreError
+from lambda_worker.errors import RequestError, StoreError
 
 
 @dataclass(slots=True)
@@ -340,7 +340,7 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
                     message,
                     advice,
                     key,
-                    None if value is None else protocol.Value.from_json(value),
+                    None if value is None else _readable(value),
                     record.get("traceback", ""),
                     {"type": record.get("type"), "unpicklable": record.get("unpicklable")},
                 ),
@@ -384,6 +384,13 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
                 ),
             )
     return _store_failure(kind.removeprefix("store-"), f"on the worker: {message}")
+
+
+def _readable(record: dict[str, Any]) -> protocol.Value | None:
+    try:
+        return protocol.Value.from_json(record)
+    except RequestError:  # the text of the exception will do
+        return None
 
 
 def from_store_error(error: StoreError) -> Failure:
