@@ -11,7 +11,6 @@ from dask_lambda import errors, failures
 from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
-from lambda_worker.errors import StoreError
 
 SECRET = b"s" * 32
 OUTPUT = "0/prefix/run/label"

@@ -22,8 +22,8 @@ from lambda_worker.commit import commit
 from lambda_worker.errors import IntegrityError, StoreError
 from lambda_worker.protocol import Value
 from lambda_worker.store import Parts, Store, open_bucket
-from tests.helpers import report
 from tests.faults.proxy import Proxy, Reset, s3_error
+from tests.helpers import report
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("without_lease")]
 uses_bucket = True

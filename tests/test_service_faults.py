@@ -18,8 +18,8 @@ from dask_lambda.errors import (
     PayloadTooLargeError,
 )
 from dask_lambda.local import LocalAWS
-from tests.helpers import report
 from tests.faults.proxy import Answer, Proxy, Reset, s3_error, throttle
+from tests.helpers import report
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("one_task_each")]
 uses_bucket = True
