@@ -16,7 +16,7 @@ from dask_lambda.graph import short
 from dask_lambda.plan import Group
 from dask_lambda.run import Run
 from lambda_worker import protocol
-from lambda_worker.errors import StoreError
+from lambda_worker.errors import RequestError, StoreError
 from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
 
@@ -37,7 +37,10 @@ def told_outputs(run: Run, group: Group, records: Any) -> list[tuple[Key, Value]
     IntegrityError
         If it names anything but this group's outputs.
     """
-    values = [Value.from_json(record) for record in records]
+    try:
+        values = [Value.from_json(record) for record in records]
+    except RequestError as error:
+        raise errors.IntegrityError(f"a reply makes no sense: {error}; it was not used") from None
     if len(values) != len(group.outputs):
         raise errors.IntegrityError(
             f"a reply tells of {len(values)} outputs of a group that has {len(group.outputs)}; "

@@ -25,6 +25,7 @@ ENGINE = [
         "pickling",
         "lease",
         "failures",
+        "replies",
         "state",
         "books",
         "events",
@@ -65,7 +66,7 @@ PURE = [
         "graph",
         "cost_model",
     ),
-    *("kernels", "failures", "cost", "simulate", "bounds", "timeline", "aws_model"),
+    *("kernels", "failures", "replies", "cost", "simulate", "bounds", "timeline", "aws_model"),
 ]
 WORLD = {
     *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),
