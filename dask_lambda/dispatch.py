@@ -561,8 +561,10 @@ class Engine:
             work = partial(fetch_sealed, run.store, reference, secret)
             run.results[key] = await self._patiently(run.patience, work)
 
-    async def _patiently(self, run: Run, work: Callable[[], Coroutine[Any, Any, Sealed]]) -> Sealed:
-        """Do something with S3, again and again for as long as a run is patient.
+    async def _patiently(
+        self, patience: float, work: Callable[[], Coroutine[Any, Any, Sealed]]
+    ) -> Sealed:
+        """Do something with S3, again and again for as long as patience lasts.
 
         Each request was tried for a while already; but all has been computed, and would be lost.
         """
