@@ -29,6 +29,7 @@ ENGINE = [
         "policy",
         "splitting",
         "plan",
+        "fingerprint",
         "grouping",
     ),
     *("tiling", "units"),
