@@ -38,6 +38,10 @@ class AWSBackend:
     window: int
     is_alive: Callable[[], bool]
     check: Callable[[], None]
+    function: str
+    region: str
+    endpoint_url: str | None
+    s3: Callable[[], Any]  #: makes a botocore client, for what is no matter of a run
 
 
 def open_backend(settings: Settings) -> AWSBackend:
@@ -93,6 +97,10 @@ def _local(settings: Settings) -> AWSBackend:
         window,
         is_alive=aws.is_alive,
         check=partial(aws.check, wait=CHECK_SECONDS),
+        function=aws.function,
+        region=aws.region,
+        endpoint_url=aws.endpoint_url,
+        s3=partial(aws.client, "s3"),
     )
 
 
@@ -182,4 +190,8 @@ def _aws(settings: Settings) -> AWSBackend:
         window,
         is_alive=lambda: True,
         check=lambda: None,
+        function=settings.function,
+        region=session.region_name,
+        endpoint_url=settings.endpoint_url,
+        s3=partial(session.client, "s3", endpoint_url=settings.endpoint_url),
     )

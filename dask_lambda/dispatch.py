@@ -1,6 +1,6 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: objects, run, state, plan, graph, encode, failures, the ground.
+May import: objects, run, kept_folder, reuse, state, plan, graph, encode, failures, the ground.
 
 An :class:`Engine` is one asyncio loop in one background thread, so that it works in scripts, in
 notebooks (where a loop is running already) and inside other schedulers.  All runs of a scheduler
@@ -42,8 +42,11 @@ from dask_lambda.events import (
     Wake,
 )
 from dask_lambda.graph import short
+from dask_lambda.kept_folder import Folder, Inventory, survey, write_manifest
+from dask_lambda.kept_runs import KeptRun
 from dask_lambda.objects import Objects
 from dask_lambda.plan import Group, Plan
+from dask_lambda.reuse import apart
 from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
 from dask_lambda.splitting import split
 from dask_lambda.state import State
@@ -76,12 +79,21 @@ class Backend(Protocol):
     bucket: Any  #: an obstore store
     prefix: str
     window: int
+    function: str
+    region: str
+    endpoint_url: str | None
 
     def is_alive(self) -> bool:
         """Whether it can still be reached, as far as is known without asking it."""
 
     def check(self) -> None:
         """Raise an error that says why it cannot be reached any more, if that is known."""
+
+
+def _smaller(run: Run, group: Group) -> list[Group]:
+    """Split a group of a run; in what is kept, no part may be entangled."""
+    parts = split(run.graph, run.plan.repeated, group)
+    return parts if run.folder is None else apart(run.graph, run.plan.repeated, parts)
 
 
 _process: int | None = None  # the one in which obstore's threads are
@@ -151,6 +163,7 @@ class Engine:
         watch: bool = False,
         watch_values: bool = False,
         learn: Learn | None = None,
+        folder: Folder | None = None,
     ) -> Run:
         """Start a run.
 
@@ -168,10 +181,25 @@ class Engine:
             tasks, with its value.
         learn : callable, optional
             Told what the workers measured.
+        folder : Folder, optional
+            Where the run's objects are, if they outlive it.  Then all results go there, and
+            ``inline_bytes`` is for the graph's own data.
         """
         readers = Counter(key for group in plan.groups for key in group.inputs)
         name, secret = tokens.token_hex(16), tokens.token_bytes(32)
         store = Store(self.backend.bucket)
+        objects: dict[str, Any] = {"prefix": self.backend.prefix, "run": name}
+        if folder is not None:
+            secret = folder.record.secret
+            objects = {
+                "prefix": folder.prefix,
+                "run": folder.record.run,
+                "label": folder.label,
+                "once": folder.once,
+                "present": folder.data,
+                "inline_literals": inline_bytes,
+            }
+            inline_bytes = 0
         run = Run(
             graph=plan.graph,
             plan=plan,
@@ -179,12 +207,11 @@ class Engine:
             encoder=Encoder(
                 plan.graph,
                 store,
-                prefix=self.backend.prefix,
                 bucket=self.backend.bucket_name,
-                run=name,
                 secret=secret,
                 secret_of=self._objects.secret_of,
                 compression=compression,
+                **objects,
             ),
             name=name,
             secret=secret,
@@ -194,6 +221,7 @@ class Engine:
             watch_values=watch_values,
             shared=frozenset(key for key, count in readers.items() if count > 1),
             learn=learn,
+            folder=folder,
         )
         with self._lock:  # close() ends every run that was started before it
             if self.closed:
@@ -217,6 +245,20 @@ class Engine:
         secret = self._objects.secret_of(reference)
         work = self._store.get_async(reference.name, reference.size)
         return codec.loads(self._call(work).result(), secret, reference.name)
+
+    def survey(self, record: KeptRun) -> Inventory:
+        """See what a kept run has in the bucket; what means nothing any more is deleted.
+
+        Raises
+        ------
+        DaskLambdaError
+            If the bucket cannot be read.
+        """
+        return self._call(self._survey(record)).result()
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects of kept runs now."""
+        self._call(self._objects.delete(self._store, list(names))).result()
 
     def forget(self, name: str) -> None:
         """Delete a stored result that nobody refers to any more."""
@@ -287,13 +329,23 @@ class Engine:
             await self.backend.invoker.close()
             raise failures.to_exception(failure, "", {})
 
+    async def _survey(self, record: KeptRun) -> Inventory:
+        self._objects.adopt(record.run, record.secret)
+        try:
+            found = await survey(self._store, record)
+            await write_manifest(self._store, record)
+        except StoreError as error:
+            raise failures.to_exception(failures.from_store_error(error), "", {}) from error
+        await self._objects.delete(self._store, sorted(found.rubbish))
+        return found
+
     def _start(self, run: Run) -> None:
         self._runs[run.name] = run
         if not run.keep_results:
             for key in run.plan.fetch & run.graph.stored.keys():
                 self._fetch(run, self._fetch_stored(run, key))
         plan, auto = run.plan, run.plan.mode != "none"
-        smaller = partial(split, run.graph, plan.repeated) if auto else None
+        smaller = partial(_smaller, run) if auto else None
         self._handle(GroupsAdded(run.name, plan.groups, plan.keep, split=smaller, batch=auto))
 
     def _handle(self, event: Event) -> None:
@@ -414,7 +466,7 @@ class Engine:
         for key, record in zip(group.outputs, outputs, strict=True):
             value = Value.from_json(record)
             if run.over:
-                if value.data is None:
+                if value.data is None:  # the sweep of a kept run has seen to it, or it stays
                     self._objects.discard(run, [value.name])
                 continue
             value.shared = key in run.shared
@@ -483,6 +535,8 @@ class Engine:
                 await asyncio.gather(*run.fetches)
                 if run.keep_results:
                     await self._objects.keep(run)
+                if run.folder is not None:
+                    run.folder.succeeded = True
             except StoreError as error:
                 failure = failures.from_store_error(error)
             except Exception as error:  # noqa: BLE001  the caller raises it
@@ -491,7 +545,7 @@ class Engine:
             for fetch in run.fetches:
                 fetch.cancel()
             key = short(group.outputs[-1]) if group else ""
-            exception = failures.to_exception(failure, key, {run.name: run.secret})
+            exception = failures.to_exception(failure, key, {run.encoder.run: run.secret})
             outcome = RunFailed(exception)
         await self._objects.sweep(run)
         run.events.put(outcome)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from dask._task_spec import Alias, GraphNode
@@ -57,6 +57,13 @@ class Encoder:
         The secret of a reference's run.
     compression : {"none", "zstd"}
         Of large buffers and literals, and of the outputs of tasks.
+    label, once : callable, optional
+        The labels of a key's object, and of an object that nobody will look for later, such as a
+        task's body.
+    present : dict, optional
+        Object name to size: what is uploaded already.
+    inline_literals : int
+        Literals up to this size travel in the request, if results do not.
 
     Attributes
     ----------
@@ -75,14 +82,22 @@ class Encoder:
         secret: bytes,
         secret_of: Callable[[Reference], bytes],
         compression: protocol.Compression = "none",
+        label: Callable[[Key], str] = protocol.key_label,
+        once: Callable[[str], str] = str,
+        present: Mapping[str, int] | None = None,
+        inline_literals: int = 0,
     ):
         self.written: set[str] = set()
+        self.label = label
+        self.run = run
+        self._once_label = once
+        self._present = present or {}
+        self._inline_literals = inline_literals
         self.secret_of = secret_of
         self._graph = graph
         self._store = store
         self._prefix = prefix
         self._bucket = bucket
-        self._run = run
         self._secret = secret
         self._compression = compression
         self._functions = FunctionCache()
@@ -93,11 +108,11 @@ class Encoder:
 
     def object_name(self, label: str) -> str:
         """Return the name of one of the run's objects."""
-        return protocol.object_name(self._prefix, self._run, label)
+        return protocol.object_name(self._prefix, self.run, label)
 
     def folder(self, shard: str) -> str:
         """Return where the run's objects of one shard are."""
-        return f"{shard}/{self._prefix}/{self._run}"
+        return f"{shard}/{self._prefix}/{self.run}"
 
     def take_written(self) -> set[str]:
         """Return what was written, to be deleted by the caller."""
@@ -126,18 +141,19 @@ class Encoder:
         StoreError
             If an upload fails.
         """
-        secrets = {self._run: self._secret}
+        secrets = {self.run: self._secret}
         requests = []
         for group in groups:
             requests.append(await self._group(group, values, inline_bytes, secrets))
         inline = [v for r in requests for v in (r.body, *r.inputs) if v.data is not None]
         await self._make_room(inline)
         request = Request(
-            self._run, secrets, self._bucket, inline_bytes, requests, self._compression
+            self.run, secrets, self._bucket, inline_bytes, requests, self._compression
         )
         payload = _json(request.to_json())
         if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs
-            name = self.object_name("groups-" + protocol.key_label(groups[0].outputs[0]))
+            label = "groups-" + self.label(groups[0].outputs[0])
+            name = self.object_name(self._once_label(label))
             listing = _json([r.to_json() for r in requests])
             sealed = codec.dumps(listing, self._secret, name)
             request.groups = Value(name, await self._upload(name, lambda: sealed))
@@ -209,9 +225,9 @@ class Encoder:
         for place in range(len(frames) - 1, 0, -1):
             if frames[place].nbytes >= MIN_UPLOAD_BYTES:
                 uploads.append((place, await self._frame(frames.pop(place))))
-        labels = [protocol.key_label(key) for key in group.outputs]
+        labels = [self.label(key) for key in group.outputs]
         outputs = [self.object_name(label) for label in labels]
-        name = self.object_name("body-" + labels[0])
+        name = self.object_name(self._once_label("body-" + labels[0]))
         sealed = codec.seal(frames, self._secret, name)
         return GroupRequest(Value(name, len(sealed), sealed), inputs, outputs, uploads[::-1])
 
@@ -223,10 +239,11 @@ class Encoder:
             secrets[protocol.run_of(reference.name)] = self.secret_of(reference)
             return Value(reference.name, reference.size, shared=True)
         literal = graph.literals[key]
-        return await _once(self._literals, key, lambda: self._literal(key, literal, inline_bytes))
+        inline = max(inline_bytes, self._inline_literals)
+        return await _once(self._literals, key, lambda: self._literal(key, literal, inline))
 
     async def _literal(self, key: Key, literal: Any, inline_bytes: int) -> Value:
-        name = self.object_name("literal-" + protocol.key_label(key))
+        name = self.object_name("literal-" + self.label(key))
         try:
             frames = codec.serialize(literal)
         except Exception as error:
@@ -277,6 +294,8 @@ class Encoder:
         return await _once(self._uploads, name, lambda: self._put(name, sealed, size))
 
     async def _put(self, name: str, sealed: Callable[[], Any], size: int) -> int:
+        if (there := self._present.get(name)) is not None:
+            return there
         async with self._uploading:
             data = await _in_thread(size, sealed)
             self.written.add(name)

@@ -1,6 +1,6 @@
 """What a task computes, as a name that a later session finds again.  Pure.
 
-May import: graph, the ground, dask's task specification.
+May import: graph, kernels, the ground, dask's task specification.
 
 A fingerprint is a hash of a task's function and arguments, and of the fingerprints of what it
 reads.  No key is part of it: ``dask.delayed`` draws new ones in each session.  Two sessions that
@@ -11,8 +11,8 @@ Notes
 -----
 ``dask.tokenize`` is not enough here.  It takes a function that can be imported by its name, whose
 source may have changed since; one that can not, by what cloudpickle makes of it, which holds file
-names and line numbers; and a class by a number that is drawn anew in each process.  So functions and
-classes that are not a library's are taken by what is in them: code, defaults, closures, and the
+names and line numbers; and a class by a number that is drawn anew in each process.  So functions
+and classes that are not a library's are taken by what is in them: code, defaults, closures, and the
 globals that the code names.  Libraries' are taken by name and the library's version.  All
 other objects are taken by what they would be pickled from.
 
@@ -44,6 +44,7 @@ from dask._task_spec import TaskRef as _TaskRef
 from dask.utils import key_split
 
 from dask_lambda.graph import Graph
+from dask_lambda.kernels import Catalogue
 from lambda_worker.protocol import Key, Reference
 
 #: Bytes of a fingerprint: no two differing tasks will ever have the same by chance.
@@ -84,24 +85,36 @@ class Fingerprints:
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
-def fingerprints(graph: Graph) -> Fingerprints:
+def fingerprints(graph: Graph, base: tuple[Graph, Fingerprints] | None = None) -> Fingerprints:
     """Compute the fingerprints of all tasks of a graph, and of what they read.
 
     It does not matter which tasks Dask has fused, which depends on the hash seed: a fused task has
-    the fingerprint of the last one in it.  Tasks that are the same are numbered, since their
-    results need not be: two calls of a function that draws a number are two draws.  The numbers
-    follow the order in which the graph's outputs and the arguments of tasks mention them, so
-    that the same program gives the same ones.
+    the fingerprint of the last one in it.  Tasks that are the same are numbered, so that their
+    results are two objects.  If nothing is known of their function, their readers are told apart as
+    well: two calls of a function that draws a number are two draws.  The numbers follow the order in
+    which the graph's outputs and the arguments of tasks mention them, so that the same program
+    gives the same ones.
 
     Parameters
     ----------
     graph : Graph
+    base : (Graph, Fingerprints), optional
+        The graph from which this one was made, in another way of computing the same
+        (:mod:`dask_lambda.folding`): its tasks keep their fingerprints.
     """
     found = Fingerprints()
     digests: dict[Key, bytes | None] = {}
-    hasher = _Hasher(lambda key: digests.get(graph.resolve(key)))
-    reads: dict[Key, list[Key]] = {}
     stack = [graph.resolve(key) for key in graph.source if key in graph.outputs][::-1]
+    if base is not None:
+        of = base[1].of
+        for nodes in (base[0].tasks, base[0].literals, base[0].stored):
+            digests.update((key, bytes.fromhex(of[key]) if key in of else None) for key in nodes)
+        found.of.update(of)
+        stack = [key for key in graph.tasks if key not in digests]
+    hasher = _Hasher(lambda key: digests.get(graph.resolve(key)))
+    counts: dict[bytes, int] = defaultdict(int)  # of equal tasks
+    catalogue = Catalogue()
+    reads: dict[Key, list[Key]] = {}
     while stack:
         key = stack[-1]
         if key in digests:
@@ -116,9 +129,20 @@ def fingerprints(graph: Graph) -> Fingerprints:
                 continue
         stack.pop()
         known = all(digests[d] is not None for d in reads.pop(key))
-        digests[key] = digest = _digest_of(graph, key, hasher, found) if known else None
-        if digest is not None:
-            found.of[key] = digest.hex()
+        digest = _digest_of(graph, key, hasher, found) if known else None
+        digests[key] = digest
+        if digest is None:
+            continue
+        if base is not None:  # a part of a sum is not the user's own task that is the same
+            digest = digests[key] = hasher.pack(b"part", digest)
+        if key in graph.tasks:
+            number = counts[digest]
+            counts[digest] += 1
+            label = hasher.pack(digest, b"%d" % number) if number else digest
+            if not catalogue.kernel(key, graph.tasks[key]).known:
+                digests[key] = label
+            digest = label
+        found.of[key] = digest.hex()
     return found
 
 
@@ -180,7 +204,6 @@ class _Hasher:
         self._memo: dict[int, tuple[Any, bytes]] = {}  # id -> the object, held; its digest
         self._active: dict[int, int] = {}  # id of what is being walked -> depth
         self._low = 0  # the least depth to which what was walked refers back
-        self._counts: dict[bytes, int] = defaultdict(int)  # of equal tasks
         self._made: list[dict[Key, bytes]] = []  # digests inside of fused tasks, innermost last
         self._uses = 0  # of keys
 
@@ -193,10 +216,7 @@ class _Hasher:
     def task(self, task: GraphNode) -> bytes:
         """Hash a task whose inputs are hashed."""
         self._made, self._active, self._low = [], {}, 0
-        digest = self._node(task)
-        number = self._counts[digest]
-        self._counts[digest] += 1
-        return self.pack(digest, b"%d" % number) if number else digest
+        return self._node(task)
 
     def walk(self, thing: Any) -> bytes:
         """Hash any object."""
@@ -321,8 +341,8 @@ class _Hasher:
     # -- functions, classes, modules -------------------------------------------------------------
 
     def _function(self, function: types.FunctionType) -> bytes:
-        if (name := _library_name(function)) is not None:
-            return name
+        if (known := _library_name(function)) is not None:
+            return known
         code = function.__code__
         parts = [b"function", _PYTHON, self.walk(code)]
         parts.append(self.walk(function.__defaults__))
@@ -383,8 +403,8 @@ class _Hasher:
             del self._active[id(module)]
 
     def _class(self, kind: type) -> bytes:
-        if (name := _library_name(kind)) is not None:
-            return name
+        if (known := _library_name(kind)) is not None:
+            return known
         parts = [b"class", kind.__qualname__.encode(), *self._all(kind.__bases__)]
         if type(kind) is not type:
             parts.append(self.walk(type(kind)))

@@ -1,6 +1,6 @@
 """The objects of runs in the bucket: what stays, and the deletion of all else.
 
-May import: run, errors, the ground.  To be used in the engine's thread.
+May import: run, kept_folder, errors, the ground.  To be used in the engine's thread.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from dask_lambda import errors
+from dask_lambda.kept_folder import Folder, is_data, leftovers
 from dask_lambda.run import Run
 from lambda_worker import protocol
 from lambda_worker.errors import StoreError
@@ -62,7 +63,7 @@ class Objects:
 
     def discard(self, run: Run, names: Iterable[str]) -> None:
         """Delete objects soon, many at a time."""
-        run.trash.extend(names)
+        run.trash.extend(name for name in names if not run.spares(name))
         if len(run.trash) >= DELETE_BATCH:
             self._spawn(self._empty(run))
         elif run.trash and not run.delete_soon:
@@ -81,6 +82,9 @@ class Objects:
 
     async def sweep(self, run: Run) -> None:
         """Delete every object of an ended run that is known or, in the end, possible."""
+        if run.folder is not None:
+            await self._sweep_folder(run, run.folder)
+            return
         self.release(run, list(run.values))
         names = run.encoder.take_written()
         if run.drained.is_set():
@@ -88,6 +92,27 @@ class Objects:
             run.uncertain, run.lost = set(), set()
         run.trash.extend(names.difference(run.trash))
         await self._empty(run)
+
+    async def _sweep_folder(self, run: Run, folder: Folder) -> None:
+        """Delete what nobody can use of a run that is kept.
+
+        That is done before the caller hears of the end.  Afterwards the name may belong to the
+        next computation, of which invocations of this one may not know.
+        """
+        if not folder.open:
+            return
+        run.values.clear()
+        run.inline.clear()
+        run.held = 0
+        names = {name for name in run.encoder.take_written() if not is_data(name)}
+        if folder.succeeded and not folder.keep:
+            try:
+                names.update(await leftovers(run.store, folder))
+            except StoreError as error:
+                logger.warning("what the run %r leaves is not known: %s", run.name, error)
+        run.trash.extend(names.difference(run.trash))
+        await self._empty(run)
+        folder.open = False
 
     async def _find_lost(self, run: Run) -> set[str]:
         """Find what invocations have written that were lost before they could say so.
@@ -110,6 +135,10 @@ class Objects:
         """Leave the results of a run in S3 and remember how to load and delete them."""
         names = set()
         found = run.plan.fetch & run.values.keys()
+        if run.folder is not None:  # they stay in any case
+            for key in found:
+                run.kept[key] = run.values.pop(key)
+            return
         await asyncio.gather(*(run.encoder.spill(run.values[key]) for key in found))
         for key in found:
             value = run.values.pop(key)
@@ -120,6 +149,12 @@ class Objects:
             run.kept[key] = value
         self._kept[run.name] = run.secret, names
         protocol.resolvers[run.name] = self._load
+
+    def adopt(self, run: str, secret: bytes) -> None:
+        """Take note of the secret of a run whose objects outlive this process."""
+        if run not in self._kept:
+            self._kept[run] = secret, set()
+        protocol.resolvers[run] = self._load
 
     def secret_of(self, reference: Reference) -> bytes:
         """Return the secret under which a stored result was sealed.

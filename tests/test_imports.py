@@ -17,7 +17,8 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "__init__", "scheduler", "annotations", "dispatch", "objects", "run"),
+    *("__main__", "cli", "__init__", "scheduler", "resume", "annotations"),
+    *("dispatch", "objects", "run", "kept_folder", "kept_runs"),
     *("simulate", "bounds", "timeline", "aws_model"),
     *(
         "invoke",
@@ -27,13 +28,13 @@ ENGINE = [
         "state",
         "events",
         "policy",
+        "reuse",
         "splitting",
         "plan",
-        "fingerprint",
         "grouping",
     ),
     *("tiling", "units"),
-    "folding",
+    *("folding", "fingerprint"),
     *("history", "estimates", "graph", "cost_model", "kernels"),
     *("report", "cost", "config", "errors"),
 ]
@@ -43,6 +44,7 @@ GROUND = [
     *("cache", "memory", "protocol", "errors"),
 ]
 PURE = [
+    *("fingerprint", "reuse"),
     *(
         "state",
         "events",
