@@ -91,8 +91,8 @@ def fingerprints(graph: Graph, base: tuple[Graph, Fingerprints] | None = None) -
     It does not matter which tasks Dask has fused, which depends on the hash seed: a fused task has
     the fingerprint of the last one in it.  Tasks that are the same are numbered, so that their
     results are two objects.  If nothing is known of their function, their readers are told apart as
-    well: two calls of a function that draws a number are two draws.  The numbers follow the order in
-    which the graph's outputs and the arguments of tasks mention them, so that the same program
+    well: two calls of a function that draws a number are two draws.  The numbers follow the order
+    in which the graph's outputs and the arguments of tasks mention them, so that the same program
     gives the same ones.
 
     Parameters
