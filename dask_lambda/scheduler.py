@@ -21,6 +21,7 @@ from dask.callbacks import local_callbacks
 from dask.local import nested_get
 
 from dask_lambda import graph as graphs
+from dask_lambda import signals
 from dask_lambda.annotations import Annotations
 from dask_lambda.backend import open_backend, usual_window
 from dask_lambda.callbacks import Callbacks
@@ -215,6 +216,7 @@ class LambdaScheduler:
         for engine in engines.values():
             engine.close()
             atexit.unregister(engine.close_at_exit)
+            signals.release()
 
     # -- one run ---------------------------------------------------------------------------------
 
@@ -417,6 +419,8 @@ class LambdaScheduler:
             engine = self._engines.get(connection)
             if engine is not None and not engine.closed and engine.backend.is_alive():
                 return engine
+            if engine is not None:
+                signals.release()
             engine = Engine(open_backend(settings))
             try:
                 engine.open()
@@ -424,9 +428,9 @@ class LambdaScheduler:
                 engine.close()
                 raise
             self._engines[connection] = engine
-            atexit.register(
-                engine.close_at_exit
-            )  # before the embedded AWS, which registered earlier
+            # Before the embedded AWS, which registered earlier.
+            atexit.register(engine.close_at_exit)
+            signals.hold()
             return engine
 
 

@@ -17,8 +17,8 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "__init__", "scheduler", "resume", "annotations"),
-    *("dispatch", "objects", "run", "kept_folder", "kept_runs"),
+    *("__main__", "cli", "__init__", "cleaning", "scheduler", "resume", "annotations"),
+    *("dispatch", "objects", "run", "kept_folder", "kept_runs", "lifecycle"),
     *("simulate", "bounds", "timeline", "aws_model"),
     *(
         "invoke",
@@ -36,7 +36,7 @@ ENGINE = [
     *("tiling", "units"),
     *("folding", "fingerprint"),
     *("history", "estimates", "graph", "cost_model", "kernels"),
-    *("report", "cost", "config", "errors"),
+    *("report", "cost", "config", "signals", "errors"),
 ]
 #: The ground, likewise.
 GROUND = [
@@ -44,7 +44,7 @@ GROUND = [
     *("cache", "memory", "protocol", "errors"),
 ]
 PURE = [
-    *("fingerprint", "reuse"),
+    *("fingerprint", "reuse", "lifecycle"),
     *(
         "state",
         "events",
