@@ -16,7 +16,7 @@ unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test lint conformance bench bench-peers clean
+.PHONY: help .venv demo test soak lint conformance bench bench-peers clean
 
 help: ## Say what the targets are
 	@echo "dask_lambda: Dask on AWS Lambda and S3"
@@ -43,7 +43,7 @@ demo: $(INSTALLED) ## Run the first three examples on an embedded AWS
 	done
 
 # What tests and benchmarks put into temporary files stays in the checkout.
-test conformance bench bench-peers: export TMPDIR := $(CURDIR)/$(VENV)/tmp
+test soak conformance bench bench-peers: export TMPDIR := $(CURDIR)/$(VENV)/tmp
 
 $(VENV)/tmp: $(INSTALLED)
 	@mkdir -p $@
@@ -56,6 +56,12 @@ test: $(INSTALLED) $(VENV)/tmp ## Run our tests, then a sample of Dask's own tes
 	@echo "==> Part of them with one invocation for each task"
 	@DASK_DASK_LAMBDA__PLAN=none $(BIN)/python -m tests.conformance --sample \
 	    dask.tests.test_delayed dask.bag.tests.test_bag dask.array.tests.test_reductions
+
+# SOAK="--seed 7 --runs 1" repeats one run; --help says what else there is.
+SOAK ?= --minutes 15
+
+soak: $(INSTALLED) $(VENV)/tmp ## Run mixed graphs under random faults (a quarter of an hour)
+	@$(BIN)/python -m tests.faults.soak $(SOAK)
 
 lint: $(INSTALLED) ## Check style and types
 	@echo "==> ruff"
@@ -73,6 +79,7 @@ bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.plans
 	@$(BIN)/python -m benchmarks.cold_start
 	@$(BIN)/python -m benchmarks.compression
+	@$(BIN)/python -m benchmarks.faults
 	@$(BIN)/python -m benchmarks.aws_model --small
 	@$(MAKE) --no-print-directory bench-peers
 

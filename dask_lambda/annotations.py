@@ -74,36 +74,38 @@ class Annotations:
             said[_ALL] = active
         return said
 
-    def memory(self, memory_mb: int) -> Callable[[Key], Any] | None:
-        """Check what tasks say that they need; tell those apart that say anything.
+    def memory(self, memory_mb: int) -> Callable[[Key], int] | None:
+        """Return the bytes of memory that tasks are said to need, as a function of the key.
 
         Parameters
         ----------
         memory_mb : int
-            Of the function.
+            Of the largest function.
 
         Returns
         -------
         callable or None
-            Different for each task with an annotation ``memory``: they run alone.
+            0 for a task of which nothing is said; None if nothing is said of any.
 
         Raises
         ------
         OutOfMemoryError
-            If a task needs more than the function has.
+            If a task needs more than any function has.
         """
         said = self._said("memory")
         if not said:
             return None
-        for key, text in said.items():
-            if _number("memory", key, text, parse_bytes) > memory_mb * 2**20:
+        needed = {key: int(_number("memory", key, v, parse_bytes)) for key, v in said.items()}
+        for key, nbytes in needed.items():
+            if nbytes > memory_mb * 2**20:
                 raise OutOfMemoryError(
-                    f"Task {key!r} is annotated with memory={text!r}, more than the function's "
-                    f"{memory_mb:,} MB; nothing was sent. Give the function more memory "
-                    "(dask-lambda.memory; Lambda allows 10,240 MB), or make the chunks smaller."
+                    f"Task {key!r} is annotated with memory={said[key]!r}, more than the "
+                    f"function's {memory_mb:,} MB; nothing was sent. Give the function more memory "
+                    "(dask-lambda.memory; Lambda allows 10,240 MB), name a larger one in "
+                    "dask-lambda.larger-functions, or make the chunks smaller."
                 )
-        everyone = _ALL in said
-        return lambda key: key if everyone or key in said else None
+        usual = needed.get(_ALL, 0)
+        return lambda key: needed.get(key, usual)
 
 
 def _number(name: str, key: Key, value: Any, number: Callable[[Any], Any]) -> Any:

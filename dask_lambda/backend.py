@@ -1,19 +1,20 @@
 """Where invocations and objects go: real AWS, or the embedded one.
 
-May import: config, errors, the ground; late, since they are slow to import: invoke, local_shared,
-boto3.  The engine does not know which of the two it talks to.
+May import: credentials, config, errors, the ground; late, since they are slow to import: invoke,
+local_shared, boto3.  The engine does not know which of the two it talks to.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dask_lambda.config import DEFAULT_CONCURRENCY, Settings
-from dask_lambda.errors import AccessDeniedError, ConfigurationError
+from dask_lambda.credentials import Credentials
+from dask_lambda.errors import ConfigurationError
 from lambda_worker.store import open_bucket
 
 if TYPE_CHECKING:
@@ -29,15 +30,16 @@ CHECK_SECONDS = 0.2
 
 @dataclass(slots=True)
 class AWSBackend:
-    """A function, a bucket, and the way to both."""
+    """Functions, a bucket, and the way to both."""
 
-    invoker: LambdaInvoker
+    invokers: Sequence[LambdaInvoker]  #: from the usual function to the one with most memory
     bucket_name: str
     bucket: Any
     prefix: str
     window: int
     is_alive: Callable[[], bool]
     check: Callable[[], None]
+    refresh: Callable[[], None]  #: look for credentials anew, since these have expired
     function: str
     region: str
     endpoint_url: str | None
@@ -60,7 +62,7 @@ def open_backend(settings: Settings) -> AWSBackend:
 
 
 def _local(settings: Settings) -> AWSBackend:
-    from botocore.credentials import Credentials
+    from botocore.credentials import Credentials as BotocoreCredentials
 
     from dask_lambda.invoke import LambdaInvoker
     from dask_lambda.local_shared import local_aws
@@ -75,7 +77,7 @@ def _local(settings: Settings) -> AWSBackend:
     invoker = LambdaInvoker(
         aws.function,
         aws.region,
-        Credentials(aws.access_key_id, aws.secret_access_key),
+        BotocoreCredentials(aws.access_key_id, aws.secret_access_key),
         aws.endpoint_url,
         settings.timeout,
     )
@@ -90,13 +92,14 @@ def _local(settings: Settings) -> AWSBackend:
     )
     window = min(settings.concurrency or aws.concurrency, aws.concurrency)
     return AWSBackend(
-        invoker,
+        [invoker],
         aws.bucket,
         bucket,
         settings.prefix,
         window,
         is_alive=aws.is_alive,
         check=partial(aws.check, wait=CHECK_SECONDS),
+        refresh=lambda: None,
         function=aws.function,
         region=aws.region,
         endpoint_url=aws.endpoint_url,
@@ -142,7 +145,6 @@ def _affordable(window: int) -> int:
 def _aws(settings: Settings) -> AWSBackend:
     import boto3
     from botocore.exceptions import BotoCoreError
-    from obstore.auth.boto3 import Boto3CredentialProvider
 
     from dask_lambda.invoke import LambdaInvoker
 
@@ -150,17 +152,12 @@ def _aws(settings: Settings) -> AWSBackend:
     assert settings.bucket is not None
     try:
         session = boto3.Session(region_name=settings.region)
-        credentials = session.get_credentials()
+        credentials = Credentials(lambda: boto3.Session().get_credentials())
     except BotoCoreError as error:  # a profile that does not exist, a broken file
         raise ConfigurationError(f"the AWS configuration cannot be used: {error}") from error
     if session.region_name is None:
         raise ConfigurationError(
             "no AWS region is configured: set dask-lambda.region or AWS_REGION"
-        )
-    if credentials is None:
-        raise AccessDeniedError(
-            "no AWS credentials were found: log in, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY (or set dask-lambda.backend to 'local' to use none)"
         )
     try:
         config = session.client("lambda", endpoint_url=settings.endpoint_url).meta
@@ -168,28 +165,34 @@ def _aws(settings: Settings) -> AWSBackend:
         raise ConfigurationError(
             f"{error}: check dask-lambda.region and dask-lambda.endpoint-url"
         ) from error
-    invoker = LambdaInvoker(
-        settings.function,
-        session.region_name,
-        credentials,
-        config.endpoint_url,
-        settings.timeout,
-    )
+    larger = sorted(settings.larger_functions.items())
+    invokers = [
+        LambdaInvoker(
+            function,
+            session.region_name,
+            credentials,
+            config.endpoint_url,
+            settings.timeout,
+            memory,
+        )
+        for memory, function in [(settings.memory if larger else None, settings.function), *larger]
+    ]
     bucket = open_bucket(
         settings.bucket,
         endpoint_url=settings.endpoint_url,
         region=session.region_name,
-        credential_provider=Boto3CredentialProvider(session),
+        credential_provider=credentials,
     )
     window = _affordable(settings.concurrency or DEFAULT_CONCURRENCY)
     return AWSBackend(
-        invoker,
+        invokers,
         settings.bucket,
         bucket,
         settings.prefix,
         window,
         is_alive=lambda: True,
         check=lambda: None,
+        refresh=credentials.refresh,
         function=settings.function,
         region=session.region_name,
         endpoint_url=settings.endpoint_url,

@@ -45,6 +45,11 @@ class Settings:
     memory: int
     timeout: int
     retries: int
+    speculate: bool
+    patience: float
+    max_cost_usd: float | None
+    max_seconds: float | None
+    larger_functions: dict[int, str]
     default_task_seconds: dict[str, float]
     resume: str | None
     keep: bool
@@ -93,6 +98,26 @@ class Settings:
         timeout = f"1 to {MAX_TIMEOUT} (seconds)"
         _check("timeout", self.timeout, timeout, lambda v: _int(v, 1, MAX_TIMEOUT))
         _check("retries", self.retries, "0 or more", lambda v: _int(v, 0))
+        _check("speculate", self.speculate, "true or false", lambda v: isinstance(v, bool))
+        _check("patience", self.patience, "a number of seconds", _seconds)
+        for name in ("max_cost_usd", "max_seconds"):
+            value = getattr(self, name)
+            _check(name, value, "a number above 0", lambda v: v is None or (_seconds(v) and v))
+        _check(
+            "larger_functions",
+            self.larger_functions,
+            "a mapping of memory sizes (MB) to names of functions",
+            lambda v: (
+                isinstance(v, dict)
+                and all(_int(size, MIN_MEMORY, MAX_MEMORY) for size in v)
+                and all(map(_is_name, v.values()))
+            ),
+        )
+        if self.larger_functions and self.is_local:
+            raise ConfigurationError(
+                "dask-lambda.larger-functions is set, but the embedded AWS has one function: set "
+                "dask-lambda.function and dask-lambda.bucket as well, or use dask-lambda.memory"
+            )
         _check(
             "default_task_seconds",
             self.default_task_seconds,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets as tokens
 import threading
@@ -25,8 +26,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import errors, failures
+from dask_lambda.config import MAX_MEMORY
+from dask_lambda.cost import Prices
 from dask_lambda.encode import Encoder
 from dask_lambda.events import (
+    PATIENCE,
+    Accept,
+    Budget,
+    Discard,
     Done,
     Event,
     Failure,
@@ -38,19 +45,20 @@ from dask_lambda.events import (
     RunCancelled,
     RunDrained,
     RunEnded,
+    Stalled,
     TimePassed,
     Wake,
 )
 from dask_lambda.graph import short
 from dask_lambda.kept_folder import Folder, Inventory, survey, write_manifest
 from dask_lambda.kept_runs import KeptRun
-from dask_lambda.objects import Objects
+from dask_lambda.objects import Objects, told_outputs
 from dask_lambda.plan import Group, Plan
 from dask_lambda.reuse import apart
-from dask_lambda.run import Learn, Run, RunFailed, RunSucceeded, Sealed
+from dask_lambda.run import Learn, Result, Run, RunFailed, RunSucceeded, Sealed, fetch_sealed
 from dask_lambda.splitting import split
 from dask_lambda.state import State
-from lambda_worker import codec, protocol
+from lambda_worker import protocol
 from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
@@ -67,14 +75,21 @@ FETCHES = 32
 MAX_HELD_BYTES = 256 * 2**20
 #: How long closing waits for invocations in flight, whose outputs are then deleted.
 CLOSE_SECONDS = 0.5
+#: How often a result is asked for while S3 or the credentials fail.
+RENEW_SECONDS, MAX_RENEW_SECONDS = 0.25, 10.0
 #: How long obstore's threads get at the end of the interpreter, to hand over what is done.
 REST_SECONDS = 0.05
+
+
+REFUSALS = (FailureKind.THROTTLED, FailureKind.RATE_LIMITED)
 
 
 class Backend(Protocol):
     """Where invocations and objects go."""
 
-    invoker: Any  #: with ``open``, ``close``, ``check`` and ``invoke``, as LambdaInvoker
+    #: With ``open``, ``close``, ``check`` and ``invoke``, as LambdaInvoker; from the usual function
+    #: to those with more memory.
+    invokers: Sequence[Any]
     bucket_name: str
     bucket: Any  #: an obstore store
     prefix: str
@@ -88,6 +103,9 @@ class Backend(Protocol):
 
     def check(self) -> None:
         """Raise an error that says why it cannot be reached any more, if that is known."""
+
+    def refresh(self) -> None:
+        """Look for credentials anew, since AWS says that these have expired."""
 
 
 def _smaller(run: Run, group: Group) -> list[Group]:
@@ -128,14 +146,15 @@ class Engine:
 
     def __init__(self, backend: Backend):
         self.backend = backend
-        self.state = State(backend.window, seed=tokens.randbits(32))
+        self.state = State(backend.window, seed=tokens.randbits(32), rungs=len(backend.invokers))
+        self.prices = Prices()
         self.pid = os.getpid()
         self.closed = False
         self._runs: dict[str, Run] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._fetching = asyncio.Semaphore(FETCHES)
         self._store = Store(backend.bucket)
-        self._objects = Objects(self._store, self._spawn, self.load)
+        self._objects = Objects(self._store, self._spawn, self.load, backend.refresh)
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="dask-lambda", daemon=True)
@@ -163,6 +182,10 @@ class Engine:
         watch: bool = False,
         watch_values: bool = False,
         learn: Learn | None = None,
+        speculate: bool = False,
+        patience: float = PATIENCE,
+        max_cost_usd: float | None = None,
+        max_seconds: float | None = None,
         folder: Folder | None = None,
     ) -> Run:
         """Start a run.
@@ -181,6 +204,12 @@ class Engine:
             tasks, with its value.
         learn : callable, optional
             Told what the workers measured.
+        speculate : bool
+            Send an invocation once more that takes conspicuously long.
+        patience : float
+            Seconds for which a group is tried while the network or AWS fails.
+        max_cost_usd, max_seconds : float, optional
+            The run is stopped before it exceeds them.
         folder : Folder, optional
             Where the run's objects are, if they outlive it.  Then all results go there, and
             ``inline_bytes`` is for the graph's own data.
@@ -221,6 +250,10 @@ class Engine:
             watch_values=watch_values,
             shared=frozenset(key for key, count in readers.items() if count > 1),
             learn=learn,
+            speculate=speculate,
+            patience=patience,
+            max_cost_usd=max_cost_usd,
+            max_seconds=max_seconds,
             folder=folder,
         )
         with self._lock:  # close() ends every run that was started before it
@@ -243,8 +276,8 @@ class Engine:
         """Load a stored result, in any other thread than the engine's."""
         claim_process()
         secret = self._objects.secret_of(reference)
-        work = self._store.get_async(reference.name, reference.size)
-        return codec.loads(self._call(work).result(), secret, reference.name)
+        sealed: Sealed = self._call(fetch_sealed(self._store, reference, secret)).result()
+        return sealed.load()
 
     def survey(self, record: KeptRun) -> Inventory:
         """See what a kept run has in the bucket; what means nothing any more is deleted.
@@ -316,8 +349,11 @@ class Engine:
             run.events.put(RunFailed(error))
 
     async def _open(self) -> None:
-        await self.backend.invoker.open()
-        failure = await self.backend.invoker.check()
+        invokers = self.backend.invokers
+        failure = None
+        for invoker in invokers:
+            await invoker.open()
+            failure = failure or await invoker.check()
         if failure is None:
             try:
                 prefix = f"{protocol.shards()[0]}/{self.backend.prefix}/"
@@ -326,7 +362,8 @@ class Engine:
             except StoreError as error:
                 failure = failures.from_store_error(error)
         if failure is not None:
-            await self.backend.invoker.close()
+            for invoker in invokers:
+                await invoker.close()
             raise failures.to_exception(failure, "", {})
 
     async def _survey(self, record: KeptRun) -> Inventory:
@@ -346,7 +383,28 @@ class Engine:
                 self._fetch(run, self._fetch_stored(run, key))
         plan, auto = run.plan, run.plan.mode != "none"
         smaller = partial(_smaller, run) if auto else None
-        self._handle(GroupsAdded(run.name, plan.groups, plan.keep, split=smaller, batch=auto))
+        self._handle(
+            GroupsAdded(
+                run.name,
+                plan.groups,
+                plan.keep,
+                split=smaller,
+                batch=auto,
+                speculate=run.speculate,
+                patience=run.patience,
+                budget=self._budget(run),
+            )
+        )
+
+    def _budget(self, run: Run) -> Budget | None:
+        if run.max_cost_usd is None and run.max_seconds is None:
+            return None
+        gb_second = self.prices.lambda_gb_second
+        return Budget(
+            math.inf if run.max_cost_usd is None else run.max_cost_usd,
+            math.inf if run.max_seconds is None else run.started + run.max_seconds,
+            tuple((i.memory_mb or MAX_MEMORY) / 1024 * gb_second for i in self.backend.invokers),
+        )
 
     def _handle(self, event: Event) -> None:
         for instruction in self.state.handle(event, time.monotonic()):
@@ -357,6 +415,17 @@ class Engine:
                         for group in instruction.groups:
                             run.tell_started(group)
                     self._spawn(self._invoke(run, instruction))
+                case Accept(name, group, result):
+                    self._accept(self._runs[name], group, result)
+                case Discard(name, _, result):
+                    self._objects.discard_outputs(self._runs[name], result.told)
+                case Stalled(name, failure, since, patience):
+                    logger.warning(
+                        "the run has not got on for %.0f s: %s. It is tried again for up to %.0f s",
+                        time.monotonic() - since,
+                        failures.describe(failure),
+                        patience,
+                    )
                 case Release(name, keys):
                     self._objects.release(self._runs[name], keys)
                 case RunEnded(name, failure, group):
@@ -390,26 +459,39 @@ class Engine:
         except StoreError as error:
             outcomes = failures.from_store_error(error)
         except errors.DaskLambdaError as error:
+            if isinstance(error, errors.IntegrityError):  # of a reply, which is not believed
+                run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
             outcomes = Failure(FailureKind.FATAL, error)
         except Exception as error:  # a bug of ours must end the run, not hang it
             logger.exception("dispatching task %s failed", short(groups[0].outputs[0]))
             outcomes = Failure(FailureKind.FATAL, error)
+        if isinstance(outcomes, Failure) and outcomes.kind is FailureKind.EXPIRED:
+            await asyncio.to_thread(self.backend.refresh)
         as_a_whole = isinstance(outcomes, Failure)
         if isinstance(outcomes, Failure):
             outcomes = [outcomes] * len(groups)
-        self._handle(InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole))
+        usd, run.spent = run.spent, run.unbilled + run.counts.usd(run.store.counts, self.prices)
+        self._handle(
+            InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole, run.spent - usd)
+        )
 
     async def _outcomes(self, run: Run, instruction: Invoke) -> Sequence[Done | Failure] | Failure:
         """Send an invocation; return what became of each group, or of it as a whole."""
         groups = instruction.groups
-        if len(groups) == 1 and (failure := self._too_large(run, groups[0])) is not None:
+        invoker = self.backend.invokers[instruction.rung]
+        if len(groups) == 1 and (failure := self._too_large(run, groups[0], invoker.memory_mb)):
             return failure
         inline = run.inline_bytes if self._held() < MAX_HELD_BYTES else 0
         payload = await run.encoder.payload(groups, run.values, inline)
         if run.over:  # cancelled or failed meanwhile: do not spend money
             return Failure(FailureKind.FATAL)
-        reply: Reply = await self.backend.invoker.invoke(payload)
-        self._count(run, instruction, reply)
+        sent = time.monotonic()
+        with run.encoder.lease.held():
+            reply: Reply = await invoker.invoke(payload)
+        if reply.ran and reply.content is None and reply.billed_ms is None:  # nobody says how long
+            gb_seconds = (time.monotonic() - sent) * (invoker.memory_mb or MAX_MEMORY) / 1024
+            run.unbilled += gb_seconds * self.prices.lambda_gb_second
+        self._count(run, instruction, reply, invoker.memory_mb)
         content = reply.content
         if content is None or "refused" in content:
             if reply.ran:
@@ -430,48 +512,61 @@ class Engine:
             run.uncertain.update(record.get("left", ()))
             if "error" in record:  # perhaps after one of its outputs was written
                 run.uncertain.update(map(run.object_name, group.outputs))
-                outcomes.append(failures.from_record(record["error"]))
+                leased = run.encoder.lease.there
+                outcomes.append(failures.from_record(record["error"], leased=leased))
             else:
-                run.counts.tasks += len(group.tasks)
                 run.counts.compute_seconds += record["seconds"]
-                if run.learn is not None:
-                    run.learn(group, record.get("tasks", {}))
-                await self._take(run, group, record["outputs"])
-                outcomes.append(Done(seconds))
+                outcomes.append(Done(seconds, await self._result(run, group, record)))
         return outcomes
 
-    def _too_large(self, run: Run, group: Group) -> Failure | None:
-        """Refuse a task whose inputs alone exceed the function's memory, before it is paid for."""
-        memory = self.backend.invoker.memory_mb
-        if len(group.tasks) > 1 or memory is None:
+    def _too_large(self, run: Run, group: Group, memory_mb: int | None) -> Failure | None:
+        """Refuse a task that needs more than the function's memory, before it is paid for."""
+        if len(group.tasks) > 1 or memory_mb is None:
             return None
         nbytes = sum(run.values[key].size for key in group.inputs)
-        return failures.from_inputs(nbytes, memory) if nbytes > memory * 2**20 else None
+        for what, needed in (("its inputs take", nbytes), ("it is said to need", group.memory)):
+            if needed > memory_mb * 2**20:
+                return failures.from_needs(needed, memory_mb, what)
+        return None
 
-    def _count(self, run: Run, instruction: Invoke, reply: Reply) -> None:
+    def _count(self, run: Run, instruction: Invoke, reply: Reply, memory_mb: int | None) -> None:
         counts = run.counts
-        if reply.failure is not None and reply.failure.kind is FailureKind.THROTTLED:
+        if reply.failure is not None and reply.failure.kind in REFUSALS:
             counts.throttles += 1
         elif reply.ran:
             counts.invocations += 1
-        if instruction.tries:
+            counts.speculative += instruction.speculative
+        if instruction.tries and not instruction.speculative:
             counts.retries += 1
         if reply.content is not None:
             counts.add_reply(reply.content, reply.billed_ms)
         elif reply.billed_ms is not None:
-            counts.add_billed(reply.billed_ms, self.backend.invoker.memory_mb or 0)
+            counts.add_billed(reply.billed_ms, memory_mb or 0)
 
-    async def _take(self, run: Run, group: Group, outputs: Iterable[dict[str, Any]]) -> None:
+    async def _result(self, run: Run, group: Group, record: dict[str, Any]) -> Result:
+        """Read what a worker says of a group that is done."""
+        told = told_outputs(run, group, record["outputs"])
+        sealed = None
+        if run.watch_values and not run.over:
+            value = told[0][1]
+            if value.data is None:
+                sealed = await fetch_sealed(run.store, value, run.secret)
+            else:
+                sealed = Sealed(value.data, run.secret, value.name)
+        return Result(told, record.get("tasks", {}), sealed)
+
+    def _accept(self, run: Run, group: Group, result: Result) -> None:
         """Note where a group's outputs are, and fetch those that the caller wants."""
-        for key, record in zip(group.outputs, outputs, strict=True):
-            value = Value.from_json(record)
-            if run.over:
-                if value.data is None:  # the sweep of a kept run has seen to it, or it stays
-                    self._objects.discard(run, [value.name])
-                continue
+        run.counts.tasks += len(group.tasks)
+        if run.learn is not None:
+            run.learn(group, result.measured)
+        for key, value in result.told:
             value.shared = key in run.shared
             run.values[key] = value
             data = value.data
+            if data is None and run.encoder.is_entangled(group):
+                # Should it have been delivered twice, only a list tells what the other one wrote.
+                run.lost.add(protocol.output_of(value.name))
             if data is not None:
                 run.inline[key] = value.size
                 run.held += value.size
@@ -480,22 +575,8 @@ class Engine:
                     self._fetch(run, self._fetch_result(run, key, value))
                 else:
                     run.results[key] = Sealed(data, run.secret, value.name)
-        if run.watch and not run.over:
-            sealed = None
-            if run.watch_values:
-                value = run.values[group.outputs[0]]
-                data = value.data
-                if data is None:
-                    data = await run.store.get_async(value.name, value.size)
-                sealed = Sealed(data, run.secret, value.name)
-            run.tell_finished(group, sealed)
-
-    def _expected(self, run: Run) -> Iterable[Key]:
-        """Return what the invocations in flight may yet write."""
-        for groups in self.state.in_flight.values():
-            for group in groups:
-                if group.run.name == run.name:
-                    yield from group.spec.outputs
+        if run.watch:
+            run.tell_finished(group, result.sealed)
 
     def _held(self) -> int:
         return sum(run.held for run in self._runs.values())
@@ -516,16 +597,35 @@ class Engine:
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
-            data = await run.store.get_async(value.name, value.size)
-        run.results[key] = Sealed(data, run.secret, value.name)
+            work = partial(fetch_sealed, run.store, value, run.secret)
+            run.results[key] = await self._patiently(run, work)
 
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a result that another run has stored."""
         reference = run.graph.stored[key]
         secret = self._objects.secret_of(reference)
         async with self._fetching:
-            data = await run.store.get_async(reference.name, reference.size)
-        run.results[key] = Sealed(data, secret, reference.name)
+            work = partial(fetch_sealed, run.store, reference, secret)
+            run.results[key] = await self._patiently(run, work)
+
+    async def _patiently(self, run: Run, work: Callable[[], Coroutine[Any, Any, Sealed]]) -> Sealed:
+        """Do something with S3, again and again for as long as a run is patient.
+
+        Each request was tried for a while already; but all has been computed, and would be lost.
+        """
+        deadline = self._loop.time() + run.patience
+        delay = RENEW_SECONDS
+        while True:
+            try:
+                return await work()
+            except StoreError as error:
+                passing = error.kind in ("expired", "transient")
+                if not passing or self._loop.time() + delay > deadline:
+                    raise
+                if error.kind == "expired":
+                    await asyncio.to_thread(self.backend.refresh)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MAX_RENEW_SECONDS)
 
     async def _finish(self, run: Run, failure: Failure | None, group: Group | None) -> None:
         """Tell the caller the outcome, when nothing of the run is left in the bucket."""
@@ -544,12 +644,21 @@ class Engine:
         if failure is not None:
             for fetch in run.fetches:
                 fetch.cancel()
+            if failure.kind is FailureKind.BUDGET:
+                failure = self._over_budget(run)
             key = short(group.outputs[-1]) if group else ""
             exception = failures.to_exception(failure, key, {run.encoder.run: run.secret})
             outcome = RunFailed(exception)
         await self._objects.sweep(run)
         run.events.put(outcome)
         await self._bury(run)
+
+    def _over_budget(self, run: Run) -> Failure:
+        limits = {"max_cost_usd": run.max_cost_usd, "max_seconds": run.max_seconds}
+        said = " and ".join(f"{name}={value:g}" for name, value in limits.items() if value)
+        return failures.from_budget(
+            run.counts.usd(run.store.counts, self.prices), time.monotonic() - run.started, said
+        )
 
     async def _cancel(self, run: Run) -> None:
         if run.over:
@@ -578,11 +687,12 @@ class Engine:
         while self._runs and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         for run in list(self._runs.values()):  # what is still in flight may yet write these
-            run.lost.update(run.object_name(key) for key in self._expected(run))
+            run.lost.update(run.object_name(key) for key in self.state.expected(run.name))
             run.drained.set()
             await self._objects.sweep(run)
         await self._objects.close()
         for task in self._tasks:  # invocations in flight: nobody listens to them any more
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.backend.invoker.close()
+        for invoker in self.backend.invokers:
+            await invoker.close()

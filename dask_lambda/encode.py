@@ -1,6 +1,6 @@
 """From groups to the payload of an invocation.
 
-May import: pickling, graph, plan, errors, the ground.
+May import: pickling, lease, entangled, graph, plan, errors, the ground.
 
 Lambda takes 6 MB in one synchronous request, so everything is measured before it is sent.  What
 does not fit goes through S3, once: large buffers inside a task (chunks of ``from_array``) and
@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from dask._task_spec import Alias, GraphNode
 
+from dask_lambda.entangled import entangled
 from dask_lambda.errors import PayloadTooLargeError, UnserializableError
 from dask_lambda.graph import Graph, short
+from dask_lambda.lease import Lease
 from dask_lambda.pickling import FunctionCache
 from dask_lambda.plan import Group
 from lambda_worker import codec, protocol
@@ -35,7 +37,7 @@ MAX_SPILLS = 4
 MAX_LIST_BYTES = 64 * 2**20
 #: Uploads at the same time; each holds a sealed copy of what it uploads.
 UPLOADS = 16
-#: Hashing and sealing more than this is left to another thread.
+#: Hashing, sealing and verifying more than this is left to another thread.
 MIN_THREAD_BYTES = 1024 * 1024
 
 K = TypeVar("K")
@@ -69,6 +71,8 @@ class Encoder:
     ----------
     written : set of str
         Objects that the encoder has put into S3 and nobody has deleted.
+    lease : Lease
+        Of the run: each payload says whether it was written.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Encoder:
         self.written: set[str] = set()
         self.label = label
         self.run = run
+        self.lease = Lease(store, protocol.object_name(prefix, run, once("lease")), secret)
         self._once_label = once
         self._present = present or {}
         self._inline_literals = inline_literals
@@ -101,8 +106,10 @@ class Encoder:
         self._secret = secret
         self._compression = compression
         self._functions = FunctionCache()
+        self._entangled: dict[tuple[Key, ...], bool] = {}  # by the outputs of a group
         self._uploading = asyncio.Semaphore(UPLOADS)
         self._uploads: dict[str, asyncio.Task[int]] = {}
+        self._spills: dict[str, asyncio.Task[tuple[str, int]]] = {}
         self._literals: dict[Key, asyncio.Task[Value]] = {}
         self._frames: dict[tuple[int, int], tuple[Any, str]] = {}  # buffer -> itself, name
 
@@ -118,6 +125,19 @@ class Encoder:
         """Return what was written, to be deleted by the caller."""
         written, self.written = self.written, set()
         return written
+
+    async def settle(self) -> None:
+        """Wait until no upload is on its way any more, however it ends."""
+        uploads = (*self._uploads.values(), *self._spills.values())
+        await asyncio.gather(*uploads, return_exceptions=True)
+
+    def is_entangled(self, group: Group) -> bool:
+        """Whether the outputs of a group must be of one attempt."""
+        if len(group.outputs) < 2:
+            return False
+        if group.outputs not in self._entangled:
+            self._entangled[group.outputs] = entangled(self._graph, group)
+        return self._entangled[group.outputs]
 
     async def payload(
         self, groups: Sequence[Group], values: dict[Key, Value], inline_bytes: int
@@ -148,13 +168,20 @@ class Encoder:
         inline = [v for r in requests for v in (r.body, *r.inputs) if v.data is not None]
         await self._make_room(inline)
         request = Request(
-            self.run, secrets, self._bucket, inline_bytes, requests, self._compression
+            self.run,
+            secrets,
+            self._bucket,
+            inline_bytes,
+            requests,
+            self._compression,
+            self.lease.name,
+            self.lease.there,
         )
         payload = _json(request.to_json())
         if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs
-            label = "groups-" + self.label(groups[0].outputs[0])
-            name = self.object_name(self._once_label(label))
             listing = _json([r.to_json() for r in requests])
+            digest = hashlib.blake2b(listing, digest_size=16).hexdigest()
+            name = self.object_name(self._once_label("groups-" + digest))
             sealed = codec.dumps(listing, self._secret, name)
             request.groups = Value(name, await self._upload(name, lambda: sealed))
             payload = _json(request.to_json())
@@ -166,11 +193,21 @@ class Encoder:
         return payload
 
     async def spill(self, value: Value) -> None:
-        """Move an inline value to S3."""
-        data = value.data
-        if data is not None:
-            value.size = await self._upload(value.name, lambda: data)
+        """Move an inline value to S3, under a name at which nobody else writes.
+
+        Under its own there may be what a lost attempt has committed, which is another value.
+        """
+        if value.data is not None:
+            name = value.name
+            value.name, value.size = await _once(self._spills, name, lambda: self._spill(value))
             value.data = None
+
+    async def _spill(self, value: Value) -> tuple[str, int]:
+        assert value.data is not None
+        name = protocol.attempt_name(protocol.output_of(value.name))
+        sealed = bytearray(value.data)
+        codec.sign(sealed, self._secret, name)
+        return name, await self._upload(name, lambda: sealed)
 
     # -- one group -------------------------------------------------------------------------------
 
@@ -229,7 +266,13 @@ class Encoder:
         outputs = [self.object_name(label) for label in labels]
         name = self.object_name(self._once_label("body-" + labels[0]))
         sealed = codec.seal(frames, self._secret, name)
-        return GroupRequest(Value(name, len(sealed), sealed), inputs, outputs, uploads[::-1])
+        return GroupRequest(
+            Value(name, len(sealed), sealed),
+            inputs,
+            outputs,
+            uploads[::-1],
+            self.is_entangled(group),
+        )
 
     async def _outside(self, key: Key, inline_bytes: int, secrets: dict[str, bytes]) -> Value:
         """Describe an input that no group makes."""
@@ -285,7 +328,7 @@ class Encoder:
             total -= largest[moved].size
             moved += 1
         if moved <= MAX_SPILLS or total + sum(v.size for v in largest[:moved]) > MAX_LIST_BYTES:
-            await asyncio.gather(*(self.spill(value) for value in largest[:moved]))
+            await all_of(self.spill(value) for value in largest[:moved])
 
     # -- uploads ---------------------------------------------------------------------------------
 
@@ -299,7 +342,10 @@ class Encoder:
         async with self._uploading:
             data = await _in_thread(size, sealed)
             self.written.add(name)
-            await self._store.put_async(name, data)
+            try:
+                await self._store.put_async(name, data)
+            finally:
+                self.written.add(name)  # it may have been taken, and deleted too early, meanwhile
             return len(data)
 
 
@@ -311,6 +357,16 @@ async def _once(
     if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
         task = tasks[key] = asyncio.get_running_loop().create_task(work())
     return await task
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Do several things at the same time; if one fails, raise that when all have ended.
+
+    So nothing is written any more when what was written is deleted.
+    """
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 async def _in_thread(size: int, work: Callable[[], Any]) -> Any:

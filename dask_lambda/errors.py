@@ -17,6 +17,7 @@ from lambda_worker.errors import (
 __all__ = [
     "AccessDeniedError",
     "BucketNotFoundError",
+    "BudgetExceededError",
     "ConfigurationError",
     "CyclicGraphError",
     "DaskLambdaError",
@@ -30,6 +31,7 @@ __all__ = [
     "OutOfMemoryError",
     "PayloadTooLargeError",
     "RemoteError",
+    "RunDeletedError",
     "ThrottledError",
     "UnserializableError",
     "VersionMismatchError",
@@ -88,12 +90,20 @@ class PayloadTooLargeError(InvocationError):
     """A request or a response exceeded Lambda's limit of 6 MB."""
 
 
+class BudgetExceededError(InvocationError):
+    """The run was stopped before it exceeds ``max_cost_usd`` or ``max_seconds``."""
+
+
 class ThrottledError(InvocationError):
     """Lambda went on refusing invocations (429) for longer than the scheduler waits."""
 
 
 class LostDataError(InvocationError):
     """The object that holds an intermediate result is gone from the bucket."""
+
+
+class RunDeletedError(InvocationError):
+    """The objects of a run were deleted while it ran, and workers therefore stopped."""
 
 
 class VersionMismatchError(InvocationError):

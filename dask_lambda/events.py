@@ -6,6 +6,7 @@ simulator, a test) speaks this language.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -13,6 +14,9 @@ from typing import Any
 
 from dask_lambda.plan import Group
 from lambda_worker.protocol import Key
+
+#: Seconds; enough for a laptop that changes networks, and for most incidents of a service.
+PATIENCE = 180.0
 
 # ---------------------------------------------------------------------------------------------
 # failures
@@ -23,10 +27,14 @@ class FailureKind(Enum):
     """What a failure means for the decision to try again."""
 
     TASK = "task"  #: the task's own exception; as often as asked for
-    RESOURCES = "resources"  #: too long or too much memory; as TASK, once it cannot be split
-    DEATH = "death"  #: the environment was lost under the task; a few times
-    TRANSIENT = "transient"  #: the network or the service; for a while, ever more slowly
-    THROTTLED = "throttled"  #: too many invocations; until nothing has moved for long
+    MEMORY = "memory"  #: a larger function, then in parts, then as TASK
+    TIMEOUT = "timeout"  #: in parts, then as TASK
+    DEATH = "death"  #: the environment was lost under the task; a few times, then in parts
+    TRANSIENT = "transient"  #: the network or the service; ever more slowly, for some time
+    EXPIRED = "expired"  #: credentials; as TRANSIENT, while they are refreshed
+    THROTTLED = "throttled"  #: too many invocations at the same time; as long as anything moves
+    RATE_LIMITED = "rate-limited"  #: too many invocations a second; likewise
+    BUDGET = "budget"  #: the run may not spend more; never
     FATAL = "fatal"  #: never
 
 
@@ -51,6 +59,25 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """What a run may take.
+
+    Attributes
+    ----------
+    usd : float
+        US dollars.
+    until : float
+        The moment at which it ends.
+    usd_second : tuple of float
+        Price of a second of an invocation, for each function from the smallest memory on.
+    """
+
+    usd: float = math.inf
+    until: float = math.inf
+    usd_second: tuple[float, ...] = (0.0,)
+
+
+@dataclass(frozen=True, slots=True)
 class GroupsAdded:
     """More work for a run, which is thereby opened if it is new.
 
@@ -68,6 +95,11 @@ class GroupsAdded:
         that cannot be split, nothing.  A pure function.
     batch : bool
         Whether groups may share an invocation.
+    speculate : bool
+        Whether an invocation that takes conspicuously long may be sent once more.
+    patience : float
+        For how many seconds a group whose invocations fail for reasons outside of it is tried.
+    budget : Budget, optional
     """
 
     run: str
@@ -76,6 +108,9 @@ class GroupsAdded:
     last: bool = True
     split: Callable[[Group], Sequence[Group]] | None = None
     batch: bool = False
+    speculate: bool = False
+    patience: float = PATIENCE
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +121,12 @@ class Done:
     ----------
     seconds : float
         That it took on the worker, with its inputs and outputs.
+    result : object
+        Where the outputs are; the machine hands it on with :class:`Accept` or :class:`Discard`.
     """
 
     seconds: float = 0.0
+    result: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +139,14 @@ class InvocationEnded:
     outcomes : tuple of Done or Failure
     as_a_whole : bool
         The invocation as such failed, so that nobody knows which group was the reason.
+    usd : float
+        What it cost, with its requests to S3, in US dollars.
     """
 
     invocation: int
     outcomes: tuple[Done | Failure, ...]
     as_a_whole: bool = False
+    usd: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +185,36 @@ class Invoke:
     run: str
     groups: tuple[Group, ...]
     tries: int  #: how often the first of them was tried before
+    rung: int = 0  #: which function: 0 is the usual one, the next ones have more memory
+    speculative: bool = False  #: while another invocation with the same groups is in flight
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """The result of a group; any other is discarded."""
+
+    run: str
+    group: Group
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Another attempt at the group was first, or its run has ended: nobody reads this result."""
+
+    run: str
+    group: Group
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """A run has failed to get on for some time, and goes on trying: the user should know."""
+
+    run: str
+    failure: Failure
+    since: float  #: when it began
+    patience: float  #: for how many seconds it is tried in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,4 +248,4 @@ class Wake:
     at: float
 
 
-Instruction = Invoke | Release | RunEnded | RunDrained | Wake
+Instruction = Invoke | Accept | Discard | Stalled | Release | RunEnded | RunDrained | Wake

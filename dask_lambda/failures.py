@@ -10,6 +10,7 @@ group failed (:func:`from_record`).  :func:`to_exception` turns each into what t
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,12 @@ from dask_lambda import errors
 from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
+
+_PEAK = re.compile(r"\tMax Memory Used: (\d+) MB")
+_MORE_MEMORY = (
+    "Make the chunks smaller, or give the function more memory (dask-lambda.memory; Lambda allows "
+    "10,240 MB), or name functions with more memory in dask-lambda.larger-functions."
+)
 
 
 @dataclass(slots=True)
@@ -69,10 +76,14 @@ def from_response(status: int, body: bytes, function: str, region: str) -> Failu
     """
     text, reason, name = _service_error(body)
     said = f"AWS said: {name or status}: {text}" if text else f"AWS said: {name or status}"
+    if status in (400, 401, 403) and _EXPIRED.search(f"{name} {text}"):
+        return _expired(
+            f"lambda:InvokeFunction on function {function!r} in {region} was refused. {said}"
+        )
     match status:
         case 429:
             return Failure(
-                FailureKind.THROTTLED,
+                FailureKind.RATE_LIMITED if "Rate" in reason else FailureKind.THROTTLED,
                 Detail(
                     errors.ThrottledError,
                     f"Lambda refused to start it for too long ({reason or 'throttled'}). {said}",
@@ -125,6 +136,34 @@ def from_network(error: Exception) -> Failure:
     )
 
 
+#: In the words of Lambda's API ("Common errors", AWS Lambda API reference) and of S3's.
+_EXPIRED = re.compile(
+    "ExpiredToken|UnrecognizedClient|security token included in the request is (expired|invalid)"
+    "|[Ss]ignature expired|[Ss]ignature not yet current|RequestTimeTooSkewed",
+)
+_CLOCK = re.compile("[Ss]ignature expired|[Ss]ignature not yet current|RequestTimeTooSkewed")
+
+
+def from_credentials(error: Exception) -> Failure:
+    """Build the failure of a request that could not be signed: botocore has no credentials."""
+    return _expired(f"botocore could not renew them. {type(error).__name__}: {error}")
+
+
+def _expired(what: str) -> Failure:
+    """Build the failure of credentials that were right once, and may be again."""
+    if _CLOCK.search(what):
+        message = f"the clock of this machine is wrong, or a request took minutes: {what}"
+        advice = "Set the clock: AWS refuses what was signed more than some minutes ago or ahead."
+    else:
+        message = f"the AWS credentials have expired, or were replaced: {what}"
+        advice = (
+            "Log in again ('aws sso login', or as you do), or write new credentials where the old "
+            "ones are; a run that goes on meanwhile picks them up, unless they are in environment "
+            "variables. A run with resume='...' can be resumed."
+        )
+    return Failure(FailureKind.EXPIRED, Detail(errors.AccessDeniedError, message, advice))
+
+
 def _service_error(body: bytes) -> tuple[str, str, str]:
     try:
         record = json.loads(body)
@@ -167,7 +206,7 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
     if kind == "Sandbox.Timedout" or "Task timed out after" in text:
         seconds = text.rpartition("after ")[2].removesuffix(" seconds") if "after " in text else "?"
         return Failure(
-            FailureKind.RESOURCES,
+            FailureKind.TIMEOUT,
             Detail(
                 errors.FunctionTimeoutError,
                 f"ran longer than the function's time-out of {seconds} seconds",
@@ -177,14 +216,15 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
             ),
         )
     if kind == "Runtime.OutOfMemory" or "signal: killed" in text:
-        size = f"{memory_mb} MB" if memory_mb else "memory"
+        size = f"{memory_mb:,} MB" if memory_mb else "memory"
+        peak = _PEAK.search(log_tail)
+        measured = f"; at its peak it took {int(peak[1]):,} MB" if peak else ""
         return Failure(
-            FailureKind.RESOURCES,
+            FailureKind.MEMORY,
             Detail(
                 errors.OutOfMemoryError,
-                f"needed more than the function's {size} ({said})",
-                "Make the chunks smaller, or give the function more memory (dask-lambda.memory; "
-                "Lambda allows 10,240 MB).",
+                f"needed more than the function's {size} ({said}{measured})",
+                _MORE_MEMORY,
                 note=note,
             ),
         )
@@ -209,6 +249,16 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
                 note=note,
             ),
         )
+    if kind and not kind.startswith(("Runtime.", "Sandbox.", "Function.", "Extension.")):
+        return Failure(
+            FailureKind.FATAL,
+            Detail(
+                errors.InvocationError,
+                f"the function itself failed, not a task ({said})",
+                "Is dask-lambda.function a function that runs this version of lambda_worker?",
+                note=note,
+            ),
+        )
     return Failure(
         FailureKind.DEATH,
         Detail(
@@ -220,16 +270,25 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
     )
 
 
-def from_inputs(nbytes: int, memory_mb: int) -> Failure:
-    """Build the failure of a task that was not sent, since its inputs are too large."""
+def from_needs(nbytes: int, memory_mb: int, what: str) -> Failure:
+    """Build the failure of a task that was not sent, since the function has not enough memory.
+
+    Parameters
+    ----------
+    nbytes : int
+        That it needs at least.
+    memory_mb : int
+        Of the function.
+    what : str
+        What needs it: "its inputs", "it is annotated with memory of".
+    """
     return Failure(
-        FailureKind.FATAL,
+        FailureKind.MEMORY,
         Detail(
             errors.OutOfMemoryError,
-            f"its inputs of {nbytes / 2**20:,.0f} MB do not fit into the function's "
-            f"{memory_mb:,} MB; it was not sent",
-            "Make the chunks smaller, or give the function more memory (dask-lambda.memory; "
-            "Lambda allows 10,240 MB).",
+            f"{what} {nbytes / 2**20:,.0f} MB, more than the function's {memory_mb:,} MB; it was "
+            "not sent",
+            _MORE_MEMORY,
         ),
     )
 
@@ -270,8 +329,15 @@ def from_refusal(worker: dict[str, Any]) -> Failure:
     )
 
 
-def from_record(record: dict[str, Any]) -> Failure:
-    """Classify the "error" of one group in a reply."""
+def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
+    """Classify the "error" of one group in a reply.
+
+    Parameters
+    ----------
+    record : dict
+    leased : bool
+        Whether the run's lease was written: else a worker that misses it is right to stop.
+    """
     kind, message = record["kind"], record["message"]
     key = record.get("key", "")
     match kind:
@@ -285,7 +351,7 @@ def from_record(record: dict[str, Any]) -> Failure:
                     "needs in the notebook or script itself."
                 )
             return Failure(
-                FailureKind.TASK,
+                FailureKind.MEMORY if record.get("memory") else FailureKind.TASK,
                 Detail(
                     errors.RemoteError,
                     message,
@@ -299,12 +365,37 @@ def from_record(record: dict[str, Any]) -> Failure:
         case "unserializable":
             return Failure(FailureKind.TASK, Detail(errors.UnserializableError, message, key=key))
         case "integrity":
-            return Failure(FailureKind.FATAL, Detail(errors.IntegrityError, message))
+            return Failure(
+                FailureKind.FATAL,
+                Detail(errors.IntegrityError, f"the worker refused what it read: {message}"),
+            )
+        case "cancelled" if not leased:
+            return Failure(
+                FailureKind.TRANSIENT,
+                Detail(
+                    errors.InvocationError,
+                    f"a worker stopped, since the client was late to tell it to go on: {message}",
+                    "Is the client's network or S3 very slow?",
+                ),
+            )
+        case "cancelled":
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.RunDeletedError,
+                    f"a worker stopped although the run goes on: {message}",
+                    "Were the run's objects deleted, with 'dask-lambda clean' in another process, "
+                    "by a lifecycle rule or by hand? Compute again; clean only what is older than "
+                    "the longest run.",
+                ),
+            )
     return _store_failure(kind.removeprefix("store-"), f"on the worker: {message}")
 
 
 def from_store_error(error: StoreError) -> Failure:
     """Classify a failure of S3 on the client."""
+    if error.kind == "expired":
+        return _expired(str(error))
     return _store_failure(error.kind, str(error))
 
 
@@ -338,12 +429,41 @@ def _store_failure(kind: str, message: str) -> Failure:
                     "Set dask-lambda.bucket to a bucket in the function's region.",
                 ),
             )
+    # The role of an environment that was kept too long, which another one is not ("expired"), too.
     return Failure(FailureKind.TRANSIENT, Detail(errors.InvocationError, f"S3 failed: {message}"))
 
 
 # ---------------------------------------------------------------------------------------------
 # what the user sees
 # ---------------------------------------------------------------------------------------------
+
+
+def from_budget(spent_usd: float, seconds: float, limits: str) -> Failure:
+    """Build the failure of a run that may not spend more.
+
+    Parameters
+    ----------
+    spent_usd : float
+    seconds : float
+        That it took.
+    limits : str
+        What it was allowed, in the words of the settings.
+    """
+    return Failure(
+        FailureKind.BUDGET,
+        Detail(
+            errors.BudgetExceededError,
+            f"the run was stopped before it exceeds {limits}: it took {seconds:,.1f} s and "
+            f"about ${spent_usd:.6f} so far",
+            "Raise the limit and compute again.",
+        ),
+    )
+
+
+def describe(failure: Failure) -> str:
+    """Return what a failure says, without a task's name."""
+    detail = failure.detail
+    return detail.message if isinstance(detail, Detail) else str(detail)
 
 
 def to_exception(failure: Failure, key: str, secrets: dict[str, bytes]) -> BaseException:

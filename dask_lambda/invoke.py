@@ -18,6 +18,7 @@ from urllib.parse import quote
 import aiohttp
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
+from botocore.exceptions import BotoCoreError
 from yarl import URL
 
 from dask_lambda import failures
@@ -67,13 +68,16 @@ class LambdaInvoker:
     function : str
         Name or ARN.
     region : str
-    credentials : botocore.credentials.Credentials
-        Refreshed by botocore as needed; read for each request.
+    credentials : object
+        With ``get_frozen_credentials``, which is called for each request, as botocore's; or
+        :class:`dask_lambda.credentials.Credentials`.
     endpoint_url : str, optional
         Default: the region's own.
     timeout : float
         The function's time-out in seconds: an answer that does not come within it and a margin
         is given up.
+    memory_mb : int, optional
+        Of the function, if it is known; it says so itself in each reply.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class LambdaInvoker:
         credentials: Any,
         endpoint_url: str | None = None,
         timeout: float = MAX_TIMEOUT,
+        memory_mb: int | None = None,
     ):
         self.function = function
         self.region = region
@@ -93,7 +98,7 @@ class LambdaInvoker:
         # As it is signed: the colons of an ARN stay escaped.
         self._encoded_url = URL(self.url, encoded=True)
         self.timeout = timeout
-        self.memory_mb: int | None = None
+        self.memory_mb = memory_mb
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
@@ -123,6 +128,8 @@ class LambdaInvoker:
             status, _, body = await self._post(b"{}", {"X-Amz-Invocation-Type": "DryRun"})
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return failures.from_network(error)
+        except BotoCoreError as error:
+            return failures.from_credentials(error)
         if status // 100 == 2:
             return None
         return failures.from_response(status, body, self.function, self.region)
@@ -135,6 +142,8 @@ class LambdaInvoker:
             return Reply(None, failures.from_network(error), ran=False, answered=False)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return Reply(None, failures.from_network(error), answered=False)
+        except BotoCoreError as error:  # nothing to sign with: botocore could not renew it
+            return Reply(None, failures.from_credentials(error), ran=False)
         if status // 100 != 2:
             failure = failures.from_response(status, body, self.function, self.region)
             return Reply(None, failure, ran=status >= 500)

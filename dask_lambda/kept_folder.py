@@ -111,7 +111,7 @@ class Folder:
 
 def is_data(name: str) -> bool:
     """Whether an object is data that tasks read, which a later session need not upload again."""
-    label = label_of(name)
+    label = name.rpartition("/")[2]
     return label.startswith(_DATA) and "once-" not in label
 
 

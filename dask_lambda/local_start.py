@@ -273,6 +273,7 @@ class Start:
                 PolicyDocument=_policy(
                     "s3:GetObject",
                     "s3:PutObject",
+                    "s3:AbortMultipartUpload",
                     "s3:DeleteObject",
                     "s3:ListBucket",
                     Resource=[f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"],

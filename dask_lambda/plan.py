@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dask.order import order
@@ -55,6 +55,8 @@ class Group:
     seconds : float, optional
         How long that is expected to be on a worker, with inputs and outputs; None if nobody
         knows.
+    memory : int
+        Bytes that the user says it needs; 0 if nothing is said.
     """
 
     tasks: tuple[Key, ...]
@@ -64,6 +66,7 @@ class Group:
     retries: int = 0
     kind: str = ""
     seconds: float | None = None
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ def make_plan(
     retries: Callable[[Key], int] | int = 0,
     estimates: Estimates | None = None,
     model: CostModel | None = None,
-    alike: Callable[[Key], Hashable] | None = None,
+    memory: Callable[[Key], int] | None = None,
     cut: bool = True,
 ) -> Plan:
     """Decide what each invocation runs, and what the client runs itself.
@@ -144,9 +147,9 @@ def make_plan(
     estimates : Estimates, optional
         Default: :func:`dask_lambda.estimates.guess`.
     model : CostModel, optional
-    alike : callable, optional
-        Tasks for which it returns different values never run together (besides those with
-        different retries).
+    memory : callable, optional
+        Bytes that tasks are said to need, or 0; those that need any run alone, and tasks with
+        different retries never run together.
     cut : bool
         Whether long sums are cut; False if :func:`cut_graph` has done it.
 
@@ -156,7 +159,7 @@ def make_plan(
         If the graph has a cycle.
     """
     with _uncollected():
-        return _make_plan(graph, mode, finalise, retries, estimates, model, alike, cut)
+        return _make_plan(graph, mode, finalise, retries, estimates, model, memory, cut)
 
 
 def cut_graph(graph: Graph, *, finalise: bool, estimates: Estimates, model: CostModel) -> Graph:
@@ -173,7 +176,7 @@ def _make_plan(
     retries: Callable[[Key], int] | int,
     estimates: Estimates | None,
     model: CostModel | None,
-    alike: Callable[[Key], Hashable] | None,
+    memory: Callable[[Key], int] | None,
     cut: bool,
 ) -> Plan:
     client, fetch, keep = _wanted(graph, finalise)
@@ -187,8 +190,8 @@ def _make_plan(
         tasks = topological(graph, client)
         if estimates is None:
             estimates = guess(graph, tasks, model.speed)
-        uniform = alike is None and not callable(retries)
-        signature = None if uniform else (lambda key: (retries_of(key), alike and alike(key)))
+        uniform = memory is None and not callable(retries)
+        signature = None if uniform else (lambda key: (retries_of(key), _alone(key, memory)))
         if cut:
             before = graph
             graph, estimates = cut_folds(graph, tasks, keep, estimates, model)
@@ -198,6 +201,11 @@ def _make_plan(
         groups = _prioritised(graph, grouping.groups(), retries_of, estimates)
         decisions, repeated = grouping.decisions, grouping.repeated
         positions = {key: i for i, key in enumerate(topological(graph, set()))} if client else {}
+    if memory is not None:
+        groups = [
+            replace(group, memory=memory(group.tasks[0])) if len(group.tasks) == 1 else group
+            for group in groups
+        ]
     return Plan(
         groups=tuple(groups),
         keep=keep,
@@ -222,6 +230,10 @@ def _wanted(graph: Graph, finalise: bool) -> tuple[set[Key], set[Key], frozenset
     own = {key: key for nodes in (graph.tasks, graph.stored) for key in nodes if key in fetch}
     fetch = {own.get(key, key) for key in fetch}
     return client, fetch, frozenset(key for key in fetch if key in graph.tasks)
+
+
+def _alone(key: Key, memory: Callable[[Key], int] | None) -> Hashable:
+    return key if memory is not None and memory(key) else None
 
 
 @contextmanager

@@ -116,6 +116,7 @@ class RunCounts:
     cold_starts: int = 0
     retries: int = 0
     throttles: int = 0
+    speculative: int = 0
     compute_seconds: float = 0.0
     billed_gb_seconds: float = 0.0
     cache_hits: int = 0
@@ -140,7 +141,7 @@ class RunCounts:
         self, client: Counts, wall_seconds: float, *, failed: bool, prices: Prices
     ) -> RunReport:
         """Sum up."""
-        total = Counts(*(getattr(client, n) + getattr(self.workers, n) for n in Counts.__slots__))
+        total = self._total(client)
         return RunReport(
             tasks=self.tasks,
             reused=self.reused,
@@ -148,7 +149,7 @@ class RunCounts:
             cold_starts=self.cold_starts,
             retries=self.retries,
             throttles=self.throttles,
-            speculative=0,
+            speculative=self.speculative,
             wall_seconds=wall_seconds,
             compute_seconds=self.compute_seconds,
             billed_gb_seconds=self.billed_gb_seconds,
@@ -160,12 +161,27 @@ class RunCounts:
             bytes_read=total.bytes_read,
             cache_hits=self.cache_hits,
             peak_memory_mb=self.peak_memory_mb,
-            cost_usd=prices.cost(
-                invocations=self.invocations,
-                gb_seconds=self.billed_gb_seconds,
-                puts=total.puts,
-                lists=total.lists,
-                gets=total.gets,
-            ),
+            cost_usd=self.usd(client, prices),
             failed=failed,
         )
+
+    def usd(self, client: Counts, prices: Prices) -> float:
+        """Return what was spent so far, in US dollars.
+
+        Parameters
+        ----------
+        client : Counts
+            What the client itself asked of S3.
+        prices : Prices
+        """
+        total = self._total(client)
+        return prices.cost(
+            invocations=self.invocations,
+            gb_seconds=self.billed_gb_seconds,
+            puts=total.puts,
+            lists=total.lists,
+            gets=total.gets,
+        )
+
+    def _total(self, client: Counts) -> Counts:
+        return Counts(*(getattr(client, n) + getattr(self.workers, n) for n in Counts.__slots__))

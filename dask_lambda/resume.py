@@ -20,6 +20,7 @@ from dask_lambda.kept_folder import Folder, Inventory, named
 from dask_lambda.kept_runs import KeptRun, Place
 from dask_lambda.plan import Plan
 from dask_lambda.reuse import Reuse, reuse
+from lambda_worker import protocol
 from lambda_worker.protocol import Reference
 
 logger = logging.getLogger("dask_lambda")
@@ -222,7 +223,7 @@ class Resumption:
         self.record.status = "done"
 
     def _delete(self, references: Iterable[Reference]) -> None:
-        names = sorted(each.name for each in references)
+        names = sorted({n for each in references for n in protocol.objects_of(each.name)})
         if names:
             self._bucket.delete(names)
 

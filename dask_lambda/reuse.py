@@ -1,6 +1,6 @@
 """Which results of earlier sessions stand for tasks of a graph.  Pure.
 
-May import: splitting, plan, graph, kernels, the ground.
+May import: splitting, entangled, plan, graph, kernels, the ground.
 
 A task need not run if its result is there, or if nothing that runs reads it.  Results are found by
 fingerprint (:mod:`dask_lambda.fingerprint`), so they are results of the same task; but a task may
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dask_lambda.entangled import entangled
 from dask_lambda.graph import Graph
 from dask_lambda.kernels import Catalogue
 from dask_lambda.plan import Group, topological
@@ -127,32 +128,13 @@ def apart(graph: Graph, repeated: frozenset[Key], groups: Sequence[Group]) -> li
         As for :func:`dask_lambda.splitting.split`.
     groups : sequence of Group
     """
-    catalogue = Catalogue()
     done: list[Group] = []
     waiting = list(groups)[::-1]
     while waiting:
         group = waiting.pop()
-        parts = split(graph, repeated, group) if entangled(graph, group, catalogue) else []
+        parts = split(graph, repeated, group) if entangled(graph, group) else []
         if parts:
             waiting.extend(reversed(parts))
         else:
             done.append(group)
     return done
-
-
-def entangled(graph: Graph, group: Group, catalogue: Catalogue | None = None) -> bool:
-    """Whether two outputs of a group depend on one task in it whose function is not known."""
-    if len(group.outputs) < 2:
-        return False
-    catalogue = catalogue or Catalogue()
-    sources: dict[Key, frozenset[Key]] = {}
-    for key in group.tasks:
-        above = [sources[d] for d in graph.dependencies(key) if sources.get(d)]
-        own = () if catalogue.kernel(key, graph.tasks[key]).known else (key,)
-        sources[key] = frozenset(own).union(*above) if above or own else frozenset()
-    seen: set[Key] = set()
-    for key in group.outputs:
-        if not seen.isdisjoint(sources[key]):
-            return True
-        seen |= sources[key]
-    return False

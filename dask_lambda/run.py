@@ -1,6 +1,6 @@
 """One graph being computed, and what its caller hears of it.
 
-May import: encode, kept_folder, plan, graph, report, the ground.  The record is made by
+May import: encode, events, kept_folder, plan, graph, report, the ground.  The record is made by
 :class:`dask_lambda.dispatch.Engine` and changed in its thread only.  The caller reads
 :attr:`Run.events` in its own thread, and after the last of them the results.
 """
@@ -8,18 +8,21 @@ May import: encode, kept_folder, plan, graph, report, the ground.  The record is
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from dask_lambda.encode import Encoder
+from dask_lambda.encode import MIN_THREAD_BYTES, Encoder
+from dask_lambda.events import PATIENCE
 from dask_lambda.graph import Graph
 from dask_lambda.kept_folder import Folder
 from dask_lambda.plan import Group, Plan
 from dask_lambda.report import RunCounts
 from lambda_worker import codec
-from lambda_worker.protocol import Key, Value
+from lambda_worker.errors import IntegrityError
+from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
 
 
@@ -29,6 +32,36 @@ class Sealed(NamedTuple):
     data: Any
     secret: bytes
     name: str
+    verified: bool = False
+
+    def load(self) -> Any:
+        """Verify, if that was not done, and unpickle."""
+        if not self.verified:
+            codec.verify(self.data, self.secret, self.name)
+        return codec.deserialize(codec.frames_of(self.data, self.name))
+
+
+async def fetch_sealed(store: Store, value: Value | Reference, secret: bytes) -> Sealed:
+    """Fetch an object and verify it; what was damaged on the way is fetched once more.
+
+    Raises
+    ------
+    IntegrityError
+        If it is not what was written under this name.
+    """
+    try:
+        return await _fetch(store, value, secret)
+    except IntegrityError:
+        return await _fetch(store, value, secret)
+
+
+async def _fetch(store: Store, value: Value | Reference, secret: bytes) -> Sealed:
+    data = await store.get_async(value.name, value.size)
+    if value.size < MIN_THREAD_BYTES:
+        codec.verify(data, secret, value.name)
+    else:
+        await asyncio.to_thread(codec.verify, data, secret, value.name)
+    return Sealed(data, secret, value.name, verified=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +89,14 @@ class RunFailed:
     """The run failed."""
 
     exception: BaseException
+
+
+class Result(NamedTuple):
+    """What a worker says of a group that is done."""
+
+    told: list[tuple[Key, Value]]  #: where its outputs are
+    measured: Mapping[str, Sequence[float]]  #: see :data:`Learn`
+    sealed: Sealed | None = None  #: the value of its one task, if the caller asked for values
 
 
 #: Called for each group that is done, with what the worker measured: key prefix to the number of
@@ -98,6 +139,13 @@ class Run:
     shared: frozenset[Key]  # outputs that several groups read
     learn: Learn | None = None
     folder: Folder | None = None
+    speculate: bool = False
+    patience: float = PATIENCE
+    max_cost_usd: float | None = None
+    max_seconds: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    spent: float = 0.0  # US dollars that the state machine knows of
+    unbilled: float = 0.0  # of them: for invocations of whose end nothing was heard
     counts: RunCounts = field(default_factory=RunCounts)
     events: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     results: dict[Key, Sealed] = field(default_factory=dict)
@@ -162,4 +210,4 @@ class Run:
 
     def load(self, key: Key) -> Any:
         """Decode a result, giving up its sealed bytes."""
-        return codec.loads(*self.results.pop(key))
+        return self.results.pop(key).load()

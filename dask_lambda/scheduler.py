@@ -39,7 +39,6 @@ from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.resume import Resumption
 from dask_lambda.reuse import apart
 from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
-from lambda_worker import codec
 from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts
 
@@ -47,6 +46,7 @@ from lambda_worker.store import Counts
 CALL_SETTINGS = frozenset(
     {
         *("retries", "inline_bytes", "compression", "plan", "default_task_seconds"),
+        *("speculate", "patience", "max_cost_usd", "max_seconds"),
         *("resume", "keep"),
     }
 )
@@ -80,7 +80,8 @@ class LambdaScheduler:
     **settings
         Any of the settings in ``dask_lambda.yaml``, as keywords: ``backend``, ``function``,
         ``bucket``, ``prefix``, ``region``, ``endpoint_url``, ``concurrency``, ``inline_bytes``,
-        ``compression``, ``plan``, ``memory``, ``timeout``, ``retries``,
+        ``compression``, ``plan``, ``memory``, ``timeout``, ``retries``, ``speculate``,
+        ``patience``, ``max_cost_usd``, ``max_seconds``, ``larger_functions``,
         ``default_task_seconds``, ``resume``, ``keep``.  They have precedence over Dask's
         configuration, which is read anew at each run.
 
@@ -139,7 +140,7 @@ class LambdaScheduler:
             left there, also one that was killed, is not computed again.
         keep : bool, optional
             Whether intermediate results stay as well.
-        inline_bytes, compression, plan : optional
+        inline_bytes, compression, plan, speculate, patience, max_cost_usd, max_seconds : optional
             The settings of these names, for this call.
         callbacks : optional
             Dask callbacks for this call.
@@ -348,6 +349,10 @@ class LambdaScheduler:
                 watch=bool(callbacks),
                 watch_values=callbacks.wants_values,
                 learn=planner.learn if plan.mode == "auto" else None,
+                speculate=settings.speculate,
+                patience=settings.patience,
+                max_cost_usd=settings.max_cost_usd,
+                max_seconds=settings.max_seconds,
                 folder=resumption.folder(plan) if resumption is not None else None,
             )
             run.counts.reused = reused
@@ -385,7 +390,7 @@ class LambdaScheduler:
                 case TaskFinished(key, sealed):
                     value = None
                     if sealed is not None and callbacks.wants_values:
-                        value = codec.loads(*sealed)
+                        value = sealed.load()
                     callbacks.task_finished(key, value)
                 case RunSucceeded():
                     return
@@ -413,6 +418,7 @@ class LambdaScheduler:
             settings.concurrency,
             settings.memory,
             settings.timeout,
+            tuple(sorted(settings.larger_functions.items())),
         )
         claim_process()
         with self._lock:
@@ -443,7 +449,7 @@ class _Planner:
     window : int
         Invocations in flight.
     memory_mb : int
-        Of the function.
+        Of the usual function.
     """
 
     def __init__(
@@ -455,7 +461,7 @@ class _Planner:
         memory_mb: int,
     ):
         self._graph, self._settings, self._annotations = graph, settings, annotations
-        self._alone = annotations.memory(memory_mb)
+        self._memory = annotations.memory(max(memory_mb, *settings.larger_functions, 0))
         self._model = CostModel.of(
             memory_mb, settings.timeout, inline_bytes=settings.inline_bytes, window=window
         )
@@ -468,7 +474,7 @@ class _Planner:
         """Return the planner for what an engine offers."""
         if engine is None:
             return cls(graph, settings, annotations, 1, settings.memory)
-        memory = engine.backend.invoker.memory_mb or settings.memory
+        memory = engine.backend.invokers[0].memory_mb or settings.memory
         return cls(graph, settings, annotations, engine.backend.window, memory)
 
     def cut(self, *, finalise: bool) -> Graph:
@@ -495,7 +501,13 @@ class _Planner:
         """Plan the computation."""
         retries = self._annotations.of("retries", self._settings.retries)
         if self._settings.plan == "none":
-            return make_plan(self._graph, mode="none", finalise=finalise, retries=retries)
+            return make_plan(
+                self._graph,
+                mode="none",
+                finalise=finalise,
+                retries=retries,
+                memory=self._memory,
+            )
         return make_plan(
             self._graph,
             mode="auto",
@@ -503,7 +515,7 @@ class _Planner:
             retries=retries,
             estimates=self._expected(),
             model=self._model,
-            alike=self._alone,
+            memory=self._memory,
             cut=cut,
         )
 

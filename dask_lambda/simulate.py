@@ -27,6 +27,8 @@ from dask_lambda.aws_model import AwsModel
 from dask_lambda.bounds import Bounds, lower_bounds
 from dask_lambda.estimates import Estimates
 from dask_lambda.events import (
+    Accept,
+    Discard,
     Done,
     Event,
     Failure,
@@ -140,6 +142,7 @@ def simulate(
     split: Callable[[Group], Sequence[Group]] | None = None,
     policy: Policy | None = None,
     seed: int = 0,
+    speculate: bool = True,
 ) -> Simulation:
     """Run a graph in virtual time.
 
@@ -160,15 +163,19 @@ def simulate(
     batch : bool, optional
         Whether groups may share an invocation; default: unless the plan's mode is "none".
     split : callable, optional
-        See :class:`dask_lambda.state.GroupsAdded`.
+        See :class:`dask_lambda.events.GroupsAdded`.
     policy : Policy, optional
         Of the state machine.
     seed : int
         Of all that is random; the same seed gives the same run.
+    speculate : bool
+        Whether stragglers are duplicated.
     """
     if not isinstance(truth, Estimates):
         truth = truth(plan.graph)
-    run = _Run(plan.graph, plan, truth, aws, window, inline_bytes, keep_results, policy, seed)
+    run = _Run(
+        plan.graph, plan, truth, aws, window, inline_bytes, keep_results, policy, seed, speculate
+    )
     if batch is None:
         batch = plan.mode != "none"
     return run.simulate(batch, split)
@@ -223,6 +230,7 @@ class _Run:
     keep_results: bool
     policy: Policy | None
     seed: int
+    speculate: bool
     events: list[tuple[float, int, Callable[[float], None]]] = field(default_factory=list)
     client: float = 0.0  # when the client's processor is free
     uplink: float = 0.0
@@ -230,6 +238,7 @@ class _Run:
     literals: dict[Key, float] = field(default_factory=dict)  # when an upload is done
     values: dict[Key, bool] = field(default_factory=dict)  # whether a value travels inline
     held: int = 0
+    spent: float = 0.0
     trash: int = 0
     delete_soon: bool = False
     ended: RunEnded | None = None
@@ -263,7 +272,12 @@ class _Run:
             for key in sorted(stored, key=self.rank.__getitem__):
                 self._fetch(0.0, self.truth.nbytes[key])
         added = GroupsAdded(
-            "run", self.plan.groups, self.plan.keep, last=True, split=split, batch=batch
+            "run",
+            self.plan.groups,
+            self.plan.keep,
+            split=split,
+            batch=batch,
+            speculate=self.speculate,
         )
         self._tell(added, 0.0)
         while self.events:
@@ -291,6 +305,12 @@ class _Run:
                         self._send(instruction, at)
                     else:  # cannot happen with one run
                         raise AssertionError("an ended run goes on")
+                case Accept(_, group, inline):
+                    self.counts.tasks += len(group.tasks)
+                    for key in group.outputs:
+                        self._take(key, key in inline, at)
+                case Discard(_, group, inline):
+                    self.trash += sum(key not in inline for key in group.outputs)
                 case Release(_, keys):
                     self._release(keys, at)
                 case RunEnded():
@@ -365,19 +385,18 @@ class _Run:
         at = self._work(at)
         instruction, timeline, failure = flight.instruction, flight.timeline, flight.failure
         groups = instruction.groups
-        self.counts.retries += bool(instruction.tries)
+        self.counts.retries += bool(instruction.tries) and not instruction.speculative
         if failure is not None:
             self.counts.throttles += failure.kind is FailureKind.THROTTLED
             outcomes: tuple[Done | Failure, ...] = (failure,) * len(groups)
         else:
             assert timeline is not None
-            outcomes = tuple(Done(seconds) for seconds in timeline.seconds)
-            for group in groups:
-                self.counts.tasks += len(group.tasks)
-                for key in group.outputs:
-                    self._take(key, key in timeline.inline, at)
+            outcomes = tuple(Done(seconds, timeline.inline) for seconds in timeline.seconds)
             self.counts.compute_seconds += timeline.compute
-        self._tell(InvocationEnded(instruction.invocation, outcomes, failure is not None), at)
+        usd = self.counts.usd(self.own, self.aws.prices)
+        usd, self.spent = usd - self.spent, usd
+        whole = failure is not None
+        self._tell(InvocationEnded(instruction.invocation, outcomes, whole, usd), at)
 
     def _take(self, key: Key, inline: bool, at: float) -> None:
         size = self.truth.nbytes[key] + self.aws.seal_bytes
@@ -475,9 +494,9 @@ class _Run:
             flight.failure = Failure(FailureKind.DEATH)
         elif end - start > MAX_SECONDS:
             end, died = start + MAX_SECONDS, True
-            flight.failure = Failure(FailureKind.RESOURCES)
+            flight.failure = Failure(FailureKind.TIMEOUT)
         flight.timeline = timeline
-        self._count(flight.instruction.groups, environment, start, end, cold, timeline)
+        self._count(flight.instruction, environment, start, end, cold, timeline)
         again = max(end, start + aws.request_interval)
         self._at(again, lambda at: self._free(None if died else environment))
         reply = aws.request_bytes + BASE64 * timeline.inline_bytes
@@ -513,7 +532,7 @@ class _Run:
 
     def _count(
         self,
-        groups: tuple[Group, ...],
+        instruction: Invoke,
         environment: Environment,
         start: float,
         end: float,
@@ -522,6 +541,7 @@ class _Run:
     ) -> None:
         counts = self.counts
         counts.invocations += 1
+        counts.speculative += instruction.speculative
         counts.cold_starts += bool(cold)
         counts.add_billed(math.ceil((end - start + cold) * 1e3), self.aws.memory_mb)
         counts.cache_hits += timeline.cache_hits
@@ -536,7 +556,7 @@ class _Run:
                 start,
                 end,
                 cold,
-                groups,
+                instruction.groups,
                 timeline.waiting,
                 timeline.compute,
                 timeline.upload,

@@ -1,6 +1,6 @@
 """Who runs when: the engine's decisions, as a pure state machine.
 
-May import: events, policy, plan.
+May import: books, events, window, pace, policy, plan.
 
 Events go in, instructions come out; there is no clock, no socket, no thread and no randomness
 but a seeded one.  Time is an argument.  So every rule about order, concurrency, retries,
@@ -19,17 +19,24 @@ A group waits for its inputs, is ready when they are all there, and is in flight
 invocation runs it.  A failure that is worth another try delays it until some later time.  Groups
 that are done are forgotten, and more groups may be added to a run at any time, so the machine
 never needs the whole graph at once.  A group that was too large for an execution environment is
-replaced by smaller ones, for which the run brings a function (``GroupsAdded.split``).
+sent to a function with more memory, if there is one, and else replaced by smaller ones, for which
+the run brings a function (``GroupsAdded.split``).
 
-The *window* is how many invocations may be in flight, over all runs.  Below it the machine keeps
-a *limit* of its own, which shrinks by a factor when Lambda throttles and grows by one for each
-limit's worth of successes (additive increase, multiplicative decrease, as TCP does).  Runs take
-turns; within a run the smallest priority goes first.
+How many invocations may be in flight, over all runs, is known to :mod:`dask_lambda.window`.  Runs
+take turns; within a run the smallest priority goes first.
 
-Small groups travel together (:meth:`State._batch_size`): several of them in one invocation, when
-more are ready than the window takes, or when sending them one by one would take longer than
-running them.  Each still succeeds or fails by itself; if the invocation as a whole fails, in a way
-of which one of them may be guilty, each is tried again alone.
+Small groups travel together (:func:`dask_lambda.pace.batch_size`): several of them in one
+invocation, when more are ready than the window takes, or when sending them one by one would take
+longer than running them.  Each still succeeds or fails by itself; if the invocation as a whole
+fails, in a way of which one of them may be guilty, each is tried again alone.
+
+An invocation that takes conspicuously long (:meth:`dask_lambda.pace.Pace.patience`) is sent once
+more, while there is room that nobody else needs.  The first result of a group that comes is
+accepted, whatever comes later is discarded, and a failure counts only if no other invocation with
+the group is in flight.
+
+A run with a budget starts nothing that it is not expected to be able to pay, and ends when
+nothing of it is in flight any more.
 
 Two rules hold for whoever executes the instructions:
 
@@ -43,10 +50,12 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
+from dask_lambda.books import Datum, Flight, Job, RunBook
 from dask_lambda.events import (
+    Accept,
+    Discard,
     Done,
     Event,
     Failure,
@@ -59,55 +68,26 @@ from dask_lambda.events import (
     RunCancelled,
     RunDrained,
     RunEnded,
+    Stalled,
     TimePassed,
     Wake,
     WindowChanged,
 )
+from dask_lambda.pace import batch_size
 from dask_lambda.plan import Group
 from dask_lambda.policy import Policy
+from dask_lambda.window import Window
 from lambda_worker.protocol import Key
 
 #: Failures of a whole invocation for which one of its groups may be the reason.
-_ONE_IS_GUILTY = frozenset({FailureKind.RESOURCES, FailureKind.DEATH})
-#: How many groups of a kind the mean of their durations remembers.
-PACE_SAMPLES = 16
-#: Batches of a kind that was never seen before this run hold at most so many for each one done.
-PACE_TRUST = 4
-#: What a group takes at least on a worker: fetching, unpickling, sealing.
-MIN_SECONDS = 1e-4
-
-
-@dataclass(slots=True)
-class _Group:
-    spec: Group
-    run: _Run
-    missing: int  # inputs that are not there yet
-    tries: int = 0
-    failures: dict[FailureKind, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Datum:
-    readers: int = 0  # groups that are not done
-    waiting: list[_Group] = field(default_factory=list)
-    available: bool = False
-    keep: bool = False
-
-
-@dataclass(slots=True)
-class _Run:
-    name: str
-    data: dict[Key, _Datum] = field(default_factory=dict)
-    ready: list[tuple[int, int, _Group]] = field(default_factory=list)  # a heap
-    queued: bool = False  # whether it is in the rotation
-    unfinished: int = 0
-    in_flight: int = 0
-    last: bool = False
-    ended: bool = False
-    split: Callable[[Group], Sequence[Group]] | None = None
-    batch: bool = False
-    pace: dict[str, tuple[int, float]] = field(default_factory=dict)  # kind -> samples, seconds
-    throttled_since: float = float("-inf")  # the first time after the last success of any run
+_ONE_IS_GUILTY = frozenset({FailureKind.MEMORY, FailureKind.TIMEOUT, FailureKind.DEATH})
+#: Failures that a group with fewer tasks may be spared.
+_TOO_LARGE = frozenset({FailureKind.MEMORY, FailureKind.TIMEOUT})
+#: Failures that end with the patience of the run.
+_OUTSIDE = frozenset({FailureKind.TRANSIENT, FailureKind.EXPIRED})
+_REFUSED = frozenset({FailureKind.THROTTLED, FailureKind.RATE_LIMITED})
+#: Failures that end a run whatever else is in flight.
+_FINAL = frozenset({FailureKind.FATAL, FailureKind.BUDGET})
 
 
 class State:
@@ -120,21 +100,25 @@ class State:
     policy : Policy, optional
     seed : int, optional
         Of the jitter.
+    rungs : int
+        Functions with different memory, from the usual one upwards.
     """
 
-    def __init__(self, window: int, policy: Policy | None = None, seed: int = 0):
-        self.window = window
+    def __init__(self, window: int, policy: Policy | None = None, seed: int = 0, *, rungs: int = 1):
         self.policy = policy or Policy()
-        self.limit = float(window)
-        self.in_flight: dict[int, tuple[_Group, ...]] = {}
-        self._runs: dict[str, _Run] = {}
-        self._rotation: deque[_Run] = deque()
-        self._delayed: list[tuple[float, int, _Group]] = []  # a heap
+        self.window = Window(window, self.policy)
+        self.rungs = rungs
+        self.in_flight: dict[int, Flight] = {}
+        self._runs: dict[str, RunBook] = {}
+        self._rotation: deque[RunBook] = deque()
+        self._delayed: list[tuple[float, int, Job]] = []  # a heap
         self._random = random.Random(seed)
         self._counter = 0
         self._wake: float | None = None
-        self._last_decrease = float("-inf")
-        self._last_success = float("-inf")
+        self._last_success = -math.inf
+        self._watching = False  # whether stragglers or budgets have to be looked at
+        self._next_check = -math.inf
+        self._speculating = 0  # duplicates in flight
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Take note of an event and decide what to do.
@@ -156,29 +140,42 @@ class State:
                 if run is not None and not run.ended:
                     self._end(run, None, None, out, cancelled=True)
             case WindowChanged(window):
-                self.window = window
-                self.limit = float(window)
+                self.window.resize(window)
             case TimePassed(at):
                 if at == self._wake:  # else an earlier one has overtaken it
                     self._wake = None
         self._undelay(now)
-        self._dispatch(out)
-        if self._delayed and (self._wake is None or self._delayed[0][0] < self._wake):
-            self._wake = self._delayed[0][0]
-            out.append(Wake(self._wake))
+        self._dispatch(now, out)
+        if self._watching and now >= self._next_check:
+            self._check(now, out)
+        self._set_alarm(now, out)
         return out
+
+    def _set_alarm(self, now: float, out: list[Instruction]) -> None:
+        """Ask to be woken when there is something to do, if nothing happens before."""
+        at = self._delayed[0][0] if self._delayed else math.inf
+        if self._watching and self.in_flight:
+            at = min(at, self._next_check)
+        if self._rotation and (opens := self.window.opens(len(self.in_flight), now)) is not None:
+            at = min(at, opens)
+        if at < (math.inf if self._wake is None else self._wake):
+            self._wake = at
+            out.append(Wake(at))
 
     # -- events --------------------------------------------------------------------------------
 
     def _add(self, event: GroupsAdded, out: list[Instruction]) -> None:
         run = self._runs.get(event.run)
         if run is None:
-            run = self._runs[event.run] = _Run(event.run)
+            run = self._runs[event.run] = RunBook(event.run)
         if run.ended:
             return
         closing = event.last and not run.last
         run.last = event.last
         run.split, run.batch = event.split, event.batch
+        run.speculate, run.patience = event.speculate, event.patience
+        run.budget = event.budget
+        self._watching = self._watching or run.speculate or run.budget is not None
         data = run.data
         self._enter(run, event.groups)
         for key in event.keep & data.keys():
@@ -191,57 +188,67 @@ class State:
                 out.append(Release(run.name, tuple(idle)))
         self._end_if_done(run, out)
 
-    def _enter(self, run: _Run, groups: Sequence[Group]) -> None:
+    def _enter(self, run: RunBook, groups: Sequence[Group], rung: int = 0) -> None:
         data = run.data
         for spec in groups:
             for key in spec.outputs:
-                data.setdefault(key, _Datum())
+                data.setdefault(key, Datum())
         run.unfinished += len(groups)
         for spec in groups:
-            group = _Group(spec, run, 0)
+            job = Job(spec, run, 0, rung)
             for key in spec.inputs:
                 datum = data[key]
                 datum.readers += 1
                 if not datum.available:
-                    datum.waiting.append(group)
-                    group.missing += 1
-            if not group.missing:
-                self._make_ready(group)
+                    datum.waiting.append(job)
+                    job.missing += 1
+            if not job.missing:
+                self._make_ready(job)
 
     def _invocation_ended(self, event: InvocationEnded, now: float, out: list[Instruction]) -> None:
-        groups = self.in_flight.pop(event.invocation)
-        run = groups[0].run
-        run.in_flight -= 1
+        flight = self.in_flight.pop(event.invocation)
+        run, jobs = flight.run, flight.jobs
+        run.ended_one(flight, event.usd)
+        self._speculating -= flight.speculative
+        share = 1 / len(jobs)
         released: list[Key] = []
         success = False
-        for group, outcome in zip(groups, event.outcomes, strict=True):
+        for job, outcome in zip(jobs, event.outcomes, strict=True):
+            job.in_flight -= 1
             if isinstance(outcome, Done):
                 success = True
-            if run.ended:
+                if run.ended or job.done:
+                    out.append(Discard(run.name, job.spec, outcome.result))
+                    continue
+                out.append(Accept(run.name, job.spec, outcome.result))
+                flight.pace.done(outcome.seconds, event.usd * share, (now - flight.started) * share)
+                self._done(job, released)
+            elif run.ended or job.done:
                 continue
-            if isinstance(outcome, Done):
-                self._done(group, outcome.seconds, released)
-            elif event.as_a_whole and len(groups) > 1 and outcome.kind in _ONE_IS_GUILTY:
-                self._make_ready(group)
-            elif outcome.kind is FailureKind.RESOURCES and self._split(group):
-                pass
+            elif outcome.kind in _REFUSED:
+                self._refused(job, outcome, now, out)
+            elif job.in_flight and outcome.kind not in _FINAL:
+                continue  # the other invocation may do it
+            elif event.as_a_whole and len(jobs) > 1 and outcome.kind in _ONE_IS_GUILTY:
+                self._make_ready(job)
             else:
-                self._failed(group, outcome, now, out)
+                self._failed(job, outcome, now, out)
         if success:
             self._last_success = now
-            self.limit = min(float(self.window), self.limit + 1.0 / self.limit)
+            self.window.succeeded()
         if released and not run.ended:
             out.append(Release(run.name, tuple(released)))
         self._end_if_done(run, out)
         if run.ended and not run.in_flight and run.name in self._runs:
             self._forget(run, out)
+        elif run.starved and not run.ended:
+            run.starved = False
+            self._queue(run)
 
-    def _done(self, group: _Group, seconds: float, released: list[Key]) -> None:
-        run, spec = group.run, group.spec
+    def _done(self, job: Job, released: list[Key]) -> None:
+        run, spec = job.run, job.spec
+        job.done = True
         run.unfinished -= 1
-        samples, mean = run.pace.get(spec.kind, (0, 0.0))
-        weight = 1 / min(samples + 1, PACE_SAMPLES)
-        run.pace[spec.kind] = samples + 1, mean + weight * (seconds - mean)
         data = run.data
         for key in spec.outputs:
             datum = data[key]
@@ -261,133 +268,220 @@ class State:
                 released.append(key)
                 del data[key]
 
-    def _split(self, group: _Group) -> bool:
+    def _split(self, job: Job) -> bool:
         """Replace a group by smaller ones; tell whether that is possible."""
-        run, spec = group.run, group.spec
+        run, spec = job.run, job.spec
         smaller = run.split(spec) if run.split is not None else ()
         if not smaller:
             return False
-        self._enter(run, smaller)  # before the group lets go of its inputs
+        self._enter(run, smaller, job.rung)  # before the job lets go of its inputs
         run.unfinished -= 1
         for key in spec.inputs:
             run.data[key].readers -= 1
         return True
 
-    def _failed(self, group: _Group, failure: Failure, now: float, out: list[Instruction]) -> None:
-        policy, kind = self.policy, failure.kind
-        if kind is FailureKind.RESOURCES:
+    # -- failures ------------------------------------------------------------------------------
+
+    def _refused(self, job: Job, failure: Failure, now: float, out: list[Instruction]) -> None:
+        """Send later what Lambda would not start now: this is no failure of the group."""
+        window, run = self.window, job.run
+        if failure.kind is FailureKind.THROTTLED:
+            window.throttled(len(self.in_flight), now)
+        else:
+            window.rate_limited(now)
+        if job.in_flight:
+            return
+        if run.refused_since <= self._last_success:
+            run.refused_since = now
+        if now - run.refused_since >= self.policy.throttle_patience:
+            self._end(run, failure, job.spec, out)
+            return
+        self._notice(run, failure, run.refused_since, self.policy.throttle_patience, now, out)
+        self._delay(job, window.refusals, now)
+
+    def _failed(self, job: Job, failure: Failure, now: float, out: list[Instruction]) -> None:
+        policy, kind, run = self.policy, failure.kind, job.run
+        if kind is FailureKind.MEMORY and job.rung + 1 < self.rungs:
+            job.rung += 1
+            self._make_ready(job)
+            return
+        if kind in _TOO_LARGE:
+            if self._split(job):
+                return
             kind = FailureKind.TASK
-        count = group.failures[kind] = group.failures.get(kind, 0) + 1
+        count = job.failures[kind] = job.failures.get(kind, 0) + 1
+        if kind not in _OUTSIDE:
+            job.failing_since = None
+        elif job.failing_since is None:
+            job.failing_since = now
+        again = False
         match kind:
             case FailureKind.TASK:
-                again = count <= group.spec.retries
+                again = count <= job.spec.retries
             case FailureKind.DEATH:
-                again = count <= policy.deaths + group.spec.retries
-            case FailureKind.TRANSIENT:
-                again = count < policy.transient_tries
-            case FailureKind.THROTTLED:
-                self._throttled(now)
-                if group.run.throttled_since <= self._last_success:
-                    group.run.throttled_since = now
-                again = now - group.run.throttled_since < policy.throttle_patience
-            case FailureKind.FATAL:
-                again = False
-        if not again:
-            self._end(group.run, failure, group.spec, out)
-            return
+                again = count <= policy.deaths + job.spec.retries
+                if not again and self._split(job):
+                    return
+            case FailureKind.TRANSIENT | FailureKind.EXPIRED:
+                since = job.failing_since
+                assert since is not None
+                again = now - since < run.patience or count < policy.transient_tries
+                if again:
+                    self._notice(run, failure, since, run.patience, now, out)
+        if again:
+            self._delay(job, count, now)
+        else:
+            self._end(run, failure, job.spec, out)
+
+    def _delay(self, job: Job, count: int, now: float) -> None:
         # "Full jitter": anywhere between 0 and the exponentially growing bound
         # (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
-        bound = min(policy.max_backoff, policy.backoff * 2.0 ** min(count - 1, 60))
+        policy = self.policy
+        bound = min(policy.max_backoff, policy.backoff * 2.0 ** min(max(count - 1, 0), 60))
         self._counter += 1
         at = now + self._random.uniform(0, bound)
-        heapq.heappush(self._delayed, (at, self._counter, group))
+        heapq.heappush(self._delayed, (at, self._counter, job))
 
-    def _throttled(self, now: float) -> None:
-        if now - self._last_decrease >= self.policy.decrease_interval:
-            self._last_decrease = now
-            self.limit = max(1.0, min(self.limit, len(self.in_flight) + 1) * self.policy.decrease)
+    def _notice(
+        self,
+        run: RunBook,
+        failure: Failure,
+        since: float,
+        patience: float,
+        now: float,
+        out: list[Instruction],
+    ) -> None:
+        """Let the user know, now and then, that a run tries in vain."""
+        policy = self.policy
+        if now - since >= policy.notice_after and now - run.noticed >= policy.notice_every:
+            run.noticed = now
+            out.append(Stalled(run.name, failure, since, patience))
 
     # -- transitions ---------------------------------------------------------------------------
 
-    def _make_ready(self, group: _Group) -> None:
-        run = group.run
+    def _make_ready(self, job: Job) -> None:
+        run = job.run
+        self._push(job)
+        if not run.starved:
+            self._queue(run)
+
+    def _push(self, job: Job) -> None:
         self._counter += 1
-        heapq.heappush(run.ready, (group.spec.priority, self._counter, group))
+        heapq.heappush(job.run.ready, (job.spec.priority, self._counter, job))
+
+    def _queue(self, run: RunBook) -> None:
         if not run.queued:
             run.queued = True
             self._rotation.append(run)
 
     def _undelay(self, now: float) -> None:
         while self._delayed and self._delayed[0][0] <= now:
-            group = heapq.heappop(self._delayed)[2]
-            if not group.run.ended:
-                self._make_ready(group)
+            job = heapq.heappop(self._delayed)[2]
+            if not job.run.ended:
+                self._make_ready(job)
 
-    def _dispatch(self, out: list[Instruction]) -> None:
-        limit = min(self.window, max(1, int(self.limit)))
-        rotation, in_flight = self._rotation, self.in_flight
-        while rotation and len(in_flight) < limit:
+    def _dispatch(self, now: float, out: list[Instruction]) -> None:
+        rotation, window = self._rotation, self.window
+        while rotation and window.room(len(self.in_flight), now):
             run = rotation.popleft()
             if run.ended or not run.ready:
                 run.queued = False
                 continue
-            groups = self._next_groups(run, limit)
+            jobs = self._next_jobs(run)
+            if not run.can_pay(jobs, now):
+                for job in jobs:
+                    self._push(job)
+                run.queued, run.starved = False, True
+                if not run.in_flight:
+                    self._end(run, Failure(FailureKind.BUDGET), None, out)
+                continue
             rotation.append(run)
-            self._counter += 1
-            invocation = self._counter
-            in_flight[invocation] = groups
-            run.in_flight += 1
-            specs = tuple(group.spec for group in groups)
-            out.append(Invoke(invocation, run.name, specs, groups[0].tries))
-            for group in groups:
-                group.tries += 1
+            self._send(jobs, now, out)
+            for job in jobs:
+                job.tries += 1
 
-    def _next_groups(self, run: _Run, limit: int) -> tuple[_Group, ...]:
+    def _send(
+        self,
+        jobs: tuple[Job, ...],
+        now: float,
+        out: list[Instruction],
+        *,
+        speculative: bool = False,
+    ) -> None:
+        run, rung, tries = jobs[0].run, jobs[0].rung, jobs[0].tries
+        self._counter += 1
+        pace = run.pace_of(jobs[0].spec.kind)
+        expected = run.expected_usd(jobs, pace)
+        flight = Flight(run, jobs, rung, now, pace, expected, speculative)
+        self.in_flight[self._counter] = flight
+        run.started(flight)
+        self._speculating += speculative
+        self.window.sent(now)
+        groups = tuple(job.spec for job in jobs)
+        out.append(Invoke(self._counter, run.name, groups, tries, rung, speculative))
+        for job in jobs:
+            job.in_flight += 1
+
+    def _next_jobs(self, run: RunBook) -> tuple[Job, ...]:
         """Take the groups of the next invocation from those that are ready."""
         ready = run.ready
         first = heapq.heappop(ready)[2]
         if not run.batch or not ready or first.tries:  # who was tried before goes alone
             return (first,)
-        size = self._batch_size(first, len(ready) + 1, limit)
-        groups = [first]
-        while len(groups) < size and ready:
+        spec, limit = first.spec, self.window.allowed
+        size = batch_size(run.pace_of(spec.kind), spec.seconds, len(ready) + 1, limit, self.policy)
+        jobs = [first]
+        while len(jobs) < size and ready:
             other = ready[0][2]
-            if other.tries or other.spec.kind != first.spec.kind:
+            if other.tries or other.spec.kind != spec.kind or other.rung != first.rung:
                 break
-            groups.append(heapq.heappop(ready)[2])
-        return tuple(groups)
+            jobs.append(heapq.heappop(ready)[2])
+        return tuple(jobs)
 
-    def _batch_size(self, group: _Group, ready: int, limit: int) -> int:
-        """Decide how many groups like this one share an invocation.
+    # -- money and stragglers ------------------------------------------------------------------
 
-        If each takes ``d`` seconds, ``n`` of them in ``m`` invocations take ``c m + n d / m``
-        seconds with unlimited concurrency, where ``c`` is the client's time for an invocation:
-        least for ``m = sqrt(n d / c)``.  If that is more than the window, the ready ones are
-        divided by the window, which leaves smaller and smaller batches to the end, so that all
-        end together (guided self-scheduling: Polychronopoulos and Kuck, IEEE Transactions on
-        Computers C-36, 1987).
-        """
-        policy = self.policy
-        samples, seconds = group.run.pace.get(group.spec.kind, (0, 0.0))
-        bound = policy.batch_groups
-        if group.spec.seconds is not None:
-            if not samples:
-                seconds = group.spec.seconds
-        elif samples:
-            bound = min(bound, PACE_TRUST * samples)
-        else:  # nobody knows how long they take
-            return 1
-        seconds = max(seconds, MIN_SECONDS)
-        size = max(math.sqrt(ready * policy.dispatch_seconds / seconds), ready / limit)
-        return max(1, min(bound, int(size), int(policy.batch_seconds / seconds)))
+    def _check(self, now: float, out: list[Instruction]) -> None:
+        """Look whether budgets are spent, and whether anything takes conspicuously long."""
+        self._next_check = now + self.policy.check_interval
+        for run in list(self._runs.values()):
+            if not run.ended and run.is_spent(self.in_flight.values(), now):
+                self._end(run, Failure(FailureKind.BUDGET), None, out)
+        late: list[Flight] = []
+        bounds: dict[tuple[int, int], float] = {}
+        for flight in self.in_flight.values():
+            run = flight.run
+            if not run.speculate or run.ended or flight.speculative or flight.duplicated:
+                continue
+            alike = id(flight.pace), len(flight.jobs)
+            if alike not in bounds:
+                bounds[alike] = flight.pace.patience(self.policy, len(flight.jobs))
+            if now - flight.started > bounds[alike]:
+                late.append(flight)
+        for flight in sorted(late, key=lambda flight: flight.started):
+            if self._may_duplicate(flight, now):
+                flight.duplicated = True
+                self._send(flight.jobs, now, out, speculative=True)
 
-    def _end_if_done(self, run: _Run, out: list[Instruction]) -> None:
+    def _may_duplicate(self, flight: Flight, now: float) -> bool:
+        """Whether there is room and money for a duplicate."""
+        run, share = flight.run, self.policy.speculative_share
+        return (
+            all(job.in_flight == 1 and not job.done for job in flight.jobs)
+            and self.window.room(len(self.in_flight), now)
+            and self._speculating < max(1, int(share * self.window.allowed))
+            and run.can_pay(flight.jobs, now)
+            and run.speculative_usd + run.expected_usd(flight.jobs, flight.pace) <= share * run.usd
+        )
+
+    # -- the end of a run ----------------------------------------------------------------------
+
+    def _end_if_done(self, run: RunBook, out: list[Instruction]) -> None:
         if run.last and not run.unfinished and not run.ended:
             self._end(run, None, None, out)
 
     def _end(
         self,
-        run: _Run,
+        run: RunBook,
         failure: Failure | None,
         group: Group | None,
         out: list[Instruction],
@@ -402,8 +496,11 @@ class State:
         if not run.in_flight:
             self._forget(run, out)
 
-    def _forget(self, run: _Run, out: list[Instruction]) -> None:
+    def _forget(self, run: RunBook, out: list[Instruction]) -> None:
         del self._runs[run.name]
+        self._watching = any(
+            other.budget is not None or other.speculate for other in self._runs.values()
+        )
         out.append(RunDrained(run.name))
 
     # -- for observers and tests -----------------------------------------------------------------
@@ -413,6 +510,13 @@ class State:
         """Names of the runs that are not drained."""
         return self._runs.keys()
 
+    def expected(self, run: str) -> Iterable[Key]:
+        """Return the outputs that invocations of a run in flight may yet write."""
+        for flight in self.in_flight.values():
+            if flight.run.name == run:
+                for job in flight.jobs:
+                    yield from job.spec.outputs
+
     def validate(self) -> None:
         """Check what must hold after every event; for tests.
 
@@ -420,12 +524,17 @@ class State:
         ------
         AssertionError
         """
-        assert len(self.in_flight) <= self.window or self.limit <= self.window
+        assert self.window.limit <= self.window.size
         flying: dict[str, int] = {}
-        for groups in self.in_flight.values():
-            for group in groups:
-                assert group.missing == 0, "a group is in flight before its inputs"
-            flying[groups[0].run.name] = flying.get(groups[0].run.name, 0) + 1
+        attempts: dict[int, int] = {}
+        for flight in self.in_flight.values():
+            for job in flight.jobs:
+                assert job.missing == 0, "a job is in flight before its inputs"
+                assert job.run is flight.run
+                attempts[id(job)] = attempts.get(id(job), 0) + 1
+            flying[flight.run.name] = flying.get(flight.run.name, 0) + 1
+        assert all(count <= 2 for count in attempts.values()), "one duplicate at the most"
+        assert self._speculating == sum(f.speculative for f in self.in_flight.values())
         for run in self._runs.values():
             assert run.in_flight == flying.get(run.name, 0)
             if run.ended:
@@ -434,5 +543,9 @@ class State:
             for key, datum in run.data.items():
                 assert datum.readers >= len(datum.waiting), key
                 assert not (datum.available and datum.waiting), key
-            assert all(not g.missing for _, _, g in run.ready)
-            assert run.queued or not run.ready
+            assert all(not g.missing and not g.in_flight and not g.done for _, _, g in run.ready)
+            assert run.queued or run.starved or not run.ready
+            assert not run.starved or run.in_flight, "a run that waits for nothing"
+            for flight in self.in_flight.values():
+                for job in flight.jobs:
+                    assert job.in_flight == attempts[id(job)]

@@ -7,9 +7,7 @@ bucket empty: that is checked after each.
 from __future__ import annotations
 
 import gc
-import io
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,12 @@ import pytest
 import yaml
 
 import dask_lambda
-from dask_lambda import local_start
+from dask_lambda import encode, local_start
 from dask_lambda.config import Settings
+from dask_lambda.lease import Lease
 from dask_lambda.local import LocalAWS
 from dask_lambda.local_shared import local_aws
+from tests.faults.deploy import deploy as deploy_function
 from tests.helpers import eventually
 
 ROOT = Path(local_start.__file__).parents[1]
@@ -105,43 +105,35 @@ def one_task_each() -> Iterator[None]:
         yield
 
 
+class _Unleased(Lease):
+    """A lease that is never written and never looked for."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.name = ""
+
+    def _write_once(self) -> None:
+        pass
+
+
+@pytest.fixture
+def without_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that count requests or objects, and may take longer than a second."""
+    monkeypatch.setattr(encode, "Lease", _Unleased)
+
+
 @pytest.fixture(scope="session")
 def deploy(aws: LocalAWS) -> Iterator[Callable[..., str]]:
-    """``deploy(files, handler, timeout, environment)``: another function; its name.
-
-    The files (name to source) are added to ``lambda_worker``; without any it is the function
-    that ``lambda_get`` uses, under another name.
-    """
-    functions = aws.client("lambda")
-    original = functions.get_function_configuration(FunctionName=aws.function)
+    """``deploy(files, handler, timeout, environment)``: another function; its name."""
     made: list[str] = []
 
-    def deploy(
-        files: dict[str, str] | None = None,
-        handler: str = local_start.HANDLER,
-        timeout: int = 60,
-        environment: dict[str, str] | None = None,
-    ) -> str:
-        buffer = io.BytesIO(local_start.worker_code())
-        with zipfile.ZipFile(buffer, "a") as archive:
-            for name, source in (files or {}).items():
-                archive.writestr(name, source)
-        name = f"{aws.function}-{len(made)}"
-        functions.create_function(
-            FunctionName=name,
-            Runtime=original["Runtime"],
-            Handler=handler,
-            Role=original["Role"],
-            Code={"ZipFile": buffer.getvalue()},
-            MemorySize=aws.memory,
-            Timeout=timeout,
-            Environment={"Variables": {**local_start.FUNCTION_ENVIRONMENT, **(environment or {})}},
-        )
-        made.append(name)
-        return name
+    def deploy(*arguments: Any, **named: Any) -> str:
+        made.append(deploy_function(aws, f"{aws.function}-{len(made)}", *arguments, **named))
+        return made[-1]
 
     yield deploy
     if aws.is_alive():
+        functions = aws.client("lambda")
         for name in made:
             functions.delete_function(FunctionName=name)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from dask_lambda.events import (
+    Accept,
+    Discard,
     Done,
     Event,
     Failure,
@@ -19,17 +21,21 @@ from dask_lambda.events import (
     RunEnded,
     TimePassed,
     Wake,
+    WindowChanged,
 )
 from dask_lambda.plan import Group
 from dask_lambda.policy import Policy
 from dask_lambda.state import State
 
-TASK, RESOURCES, DEATH, TRANSIENT, THROTTLED, FATAL = (
+TASK, MEMORY, TIMEOUT, DEATH, TRANSIENT, EXPIRED, THROTTLED, RATE_LIMITED, FATAL = (
     Failure(FailureKind.TASK),
-    Failure(FailureKind.RESOURCES),
+    Failure(FailureKind.MEMORY),
+    Failure(FailureKind.TIMEOUT),
     Failure(FailureKind.DEATH),
     Failure(FailureKind.TRANSIENT),
+    Failure(FailureKind.EXPIRED),
     Failure(FailureKind.THROTTLED),
+    Failure(FailureKind.RATE_LIMITED),
     Failure(FailureKind.FATAL),
 )
 DONE = Done()
@@ -52,17 +58,24 @@ def group(
 class Script:
     """A machine that is told events by hand, checked after each, at a time that is set by hand."""
 
-    def __init__(self, window: int = 100, policy: Policy | None = None, seed: int = 0):
-        self.state = State(window, policy, seed)
+    def __init__(
+        self, window: int = 100, policy: Policy | None = None, seed: int = 0, rungs: int = 1
+    ):
+        self.state = State(window, policy, seed, rungs=rungs)
         self.now = 0.0
         self.flying: dict[int, Invoke] = {}
         self.timers: list[float] = []
-        self.out: list[Instruction] = []
+        self.out: list[Instruction] = []  # but for what becomes of results
+        self.accepted: list[Any] = []
+        self.discarded: list[Any] = []
 
     def tell(self, event: Event) -> list[Instruction]:
-        self.out = self.state.handle(event, self.now)
+        out = self.state.handle(event, self.now)
         self.state.validate()
-        for instruction in self.out:
+        self.accepted += [i.result for i in out if isinstance(i, Accept)]
+        self.discarded += [i.result for i in out if isinstance(i, Discard)]
+        self.out = [i for i in out if not isinstance(i, Accept | Discard)]
+        for instruction in out:
             if isinstance(instruction, Invoke):
                 self.flying[instruction.invocation] = instruction
             elif isinstance(instruction, Wake):
@@ -74,17 +87,27 @@ class Script:
     ) -> None:
         self.tell(GroupsAdded(run, groups, frozenset(keep), last, **more))
 
-    def end(self, key: str, *outcomes: Done | Failure, run: str = "r", whole: bool = False) -> None:
+    def end(
+        self,
+        key: str,
+        *outcomes: Done | Failure,
+        run: str = "r",
+        whole: bool = False,
+        usd: float = 0.0,
+        duplicate: bool = False,
+    ) -> None:
         """End the invocation in flight that makes a key, well if nothing is said."""
         invocation = next(
             i
             for i, invoke in self.flying.items()
-            if invoke.run == run and any(key in group.outputs for group in invoke.groups)
+            if invoke.run == run
+            and invoke.speculative == duplicate
+            and any(key in group.outputs for group in invoke.groups)
         )
         groups = self.flying.pop(invocation).groups
         if len(outcomes) < 2:
             outcomes = (outcomes or (DONE,)) * len(groups)
-        self.tell(InvocationEnded(invocation, outcomes, whole))
+        self.tell(InvocationEnded(invocation, outcomes, whole, usd))
 
     def wake(self) -> None:
         """Let the time of the earliest timer come."""
@@ -96,6 +119,13 @@ class Script:
     def wake_until_flying(self, key: str) -> None:
         while key not in self.in_flight():
             self.wake()
+
+    def wake_until_flying_or_ended(self, key: str) -> None:
+        while key not in self.in_flight() and not self.ended():
+            self.wake()
+
+    def tell_window(self, window: int) -> None:
+        self.tell(WindowChanged(window))
 
     def batches(self) -> list[list[str]]:
         """The first outputs of the groups of each invocation in flight."""

@@ -45,7 +45,8 @@ def shown(failure: Failure, key: str = "'add-1'") -> BaseException:
 )
 def test_every_throttle_is_a_throttle_and_its_reason_is_shown(reason):
     failure = answer(429, Reason=reason, Type="User", message="Rate Exceeded.")
-    assert failure.kind is FailureKind.THROTTLED
+    by_rate = "Rate" in reason
+    assert failure.kind is (FailureKind.RATE_LIMITED if by_rate else FailureKind.THROTTLED)
     exception = shown(failure)
     assert type(exception) is errors.ThrottledError
     assert reason in str(exception)
@@ -67,9 +68,7 @@ def test_a_throttle_without_a_reason_is_one_all_the_same():
                 "function:my-function"
             },
         ),
-        (403, {"message": "The security token included in the request is invalid."}),
-        (403, {"message": "The security token included in the request is expired"}),
-        (403, {"message": "Signature expired: 20260101T000000Z is now earlier than ..."}),
+        (403, {"message": "The request signature we calculated does not match"}),
         (403, {"Message": None}),
         (401, {"message": "Unauthorized", "__type": "UnauthorizedException"}),
     ],
@@ -86,6 +85,59 @@ def test_wrong_credentials_name_the_action_and_the_resource_and_are_not_retried(
     assert "eu-north-1" in text
     assert "credentials" in text
     assert (body.get("message") or body.get("Message") or "") in text
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "what"),
+    [
+        (403, {"message": "The security token included in the request is expired"}, "log in again"),
+        (
+            403,
+            {"message": "The security token included in the request is invalid."},
+            "log in again",
+        ),
+        (400, {"__type": "ExpiredTokenException", "message": ""}, "log in again"),
+        (403, {"message": "Signature expired: 20260101T000000Z is now earlier than ..."}, "clock"),
+        (403, {"message": "Signature not yet current: 20260101T000000Z is ..."}, "clock"),
+    ],
+)
+def test_expired_credentials_and_a_wrong_clock_are_told_apart_and_may_pass(status, body, what):
+    failure = answer(status, **body)
+    assert failure.kind is FailureKind.EXPIRED
+    exception = shown(failure, "")
+    assert type(exception) is errors.AccessDeniedError
+    text = str(exception)
+    assert what in text.lower()
+    assert ("clock" in text) == (what == "clock")
+    assert "lambda:InvokeFunction on function 'my-function' in eu-north-1" in text
+    assert body["message"] in text
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ("ExpiredToken: The provided token has expired.", "Log in"),
+        ("RequestTimeTooSkewed", "clock"),
+    ],
+)
+def test_expired_credentials_at_s3_are_the_clients_affair_alone(said, what):
+    error = StoreError("expired", f"s3:PutObject 0/prefix/run/x: {said}")
+    failure = failures.from_store_error(error)
+    assert failure.kind is FailureKind.EXPIRED
+    text = str(shown(failure, ""))
+    assert what in text
+    assert "s3:PutObject 0/prefix/run/x" in text
+    record = {"kind": "store-expired", "message": str(error)}
+    on_the_worker = failures.from_record(record)  # its role: another environment has a new one
+    assert on_the_worker.kind is FailureKind.TRANSIENT
+
+
+def test_credentials_that_botocore_cannot_renew_say_so():
+    failure = failures.from_credentials(RuntimeError("the SSO session has expired"))
+    assert failure.kind is FailureKind.EXPIRED
+    text = str(shown(failure, ""))
+    assert "the SSO session has expired" in text
+    assert "aws sso login" in text
 
 
 def test_a_function_that_does_not_exist_is_named_with_its_region():
@@ -156,9 +208,9 @@ def test_a_broken_connection_is_transient():
         {"errorMessage": "2026-01-01T00:00:00.000Z 41d0 Task timed out after 1.00 seconds"},
     ],
 )
-def test_a_time_out_is_of_resources_and_names_seconds_and_setting(body):
+def test_a_time_out_says_so_and_names_seconds_and_setting(body):
     failure = function_error(body)
-    assert failure.kind is FailureKind.RESOURCES
+    assert failure.kind is FailureKind.TIMEOUT
     exception = shown(failure)
     assert type(exception) is errors.FunctionTimeoutError
     assert isinstance(exception, TimeoutError)
@@ -181,14 +233,28 @@ def test_a_time_out_is_of_resources_and_names_seconds_and_setting(body):
         {"errorMessage": "RequestId: 41d0 Process exited before completing: signal: killed"},
     ],
 )
-def test_no_memory_left_is_of_resources_and_names_the_memory_and_the_setting(body):
+def test_no_memory_left_says_so_and_names_the_memory_and_the_setting(body):
     failure = function_error(body, memory_mb=512)
-    assert failure.kind is FailureKind.RESOURCES
+    assert failure.kind is FailureKind.MEMORY
     exception = shown(failure)
     assert type(exception) is errors.OutOfMemoryError
     assert isinstance(exception, MemoryError)
     assert "512 MB" in str(exception)
     assert "dask-lambda.memory" in str(exception)
+
+
+def test_no_memory_left_tells_the_peak_that_lambda_measured():
+    log = "REPORT RequestId: 1\tDuration: 9.00 ms\tMemory Size: 512 MB\tMax Memory Used: 511 MB"
+    text = str(shown(function_error({"errorType": "Runtime.OutOfMemory"}, log, 512)))
+    assert "function's 512 MB" in text
+    assert "at its peak it took 511 MB" in text
+
+
+def test_what_the_function_itself_raises_is_not_tried_again():
+    failure = function_error({"errorType": "KeyError", "errorMessage": "'groups'"})
+    assert failure.kind is FailureKind.FATAL
+    assert "KeyError" in str(shown(failure))
+    assert "dask-lambda.function" in str(shown(failure))
 
 
 def test_no_memory_left_can_be_told_before_the_memory_is_known():

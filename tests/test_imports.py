@@ -24,32 +24,41 @@ ENGINE = [
         "invoke",
         "encode",
         "pickling",
+        "lease",
         "failures",
         "state",
+        "books",
         "events",
+        "window",
+        "pace",
         "policy",
         "reuse",
         "splitting",
+        "entangled",
         "plan",
         "grouping",
     ),
     *("tiling", "units"),
     *("folding", "fingerprint"),
     *("history", "estimates", "graph", "cost_model", "kernels"),
-    *("report", "cost", "config", "signals", "errors"),
+    *("report", "cost", "config", "credentials", "signals", "errors"),
 ]
 #: The ground, likewise.
 GROUND = [
-    *("handler", "uploads", "prefetch", "execute", "folds", "commit", "store", "codec"),
+    *("handler", "lease", "uploads", "prefetch", "execute", "folds", "commit", "store", "codec"),
     *("cache", "memory", "protocol", "errors"),
 ]
 PURE = [
     *("fingerprint", "reuse", "lifecycle"),
     *(
         "state",
+        "books",
         "events",
+        "window",
+        "pace",
         "policy",
         "splitting",
+        "entangled",
         "plan",
         "grouping",
         "tiling",
@@ -130,7 +139,7 @@ def test_pure_modules_know_nothing_of_the_world(name):
 
 def test_the_state_machine_imports_the_plan_and_nothing_else_of_the_engine():
     imported = inner_imports(ROOT / "dask_lambda" / "state.py", "dask_lambda")
-    assert imported == {"events", "policy", "plan"}
+    assert imported == {"books", "events", "window", "pace", "policy", "plan"}
 
 
 def test_the_state_machine_calls_no_clock_and_no_unseeded_randomness():

@@ -14,9 +14,9 @@ from tests.state_script import (
     DEATH,
     DONE,
     FATAL,
-    RESOURCES,
     TASK,
     THROTTLED,
+    TIMEOUT,
     TRANSIENT,
     Script,
     group,
@@ -162,7 +162,7 @@ def test_a_group_that_is_tried_again_travels_alone():
     assert sorted(tried) == ["k0", "k1", "k2", "k3"]
 
 
-@pytest.mark.parametrize("failure", [DEATH, RESOURCES])
+@pytest.mark.parametrize("failure", [DEATH, TIMEOUT])
 def test_when_an_invocation_is_lost_each_of_its_groups_is_tried_alone_at_no_cost(failure):
     script = Script(window=1, policy=Policy(batch_groups=4, deaths=0))
     script.add("r", *many(4), batch=True)  # no retries, no deaths: one failure of its own ends it
@@ -185,7 +185,7 @@ def test_the_group_that_is_guilty_of_losing_an_invocation_is_found():
 
 def test_when_nobody_is_guilty_every_group_of_an_invocation_counts_the_failure():
     script = Script(window=1, policy=Policy(batch_groups=4, transient_tries=2))
-    script.add("r", *many(4), batch=True)
+    script.add("r", *many(4), batch=True, patience=0.0)
     script.end("k0", TRANSIENT, whole=True)
     assert not script.ended()
     while not script.flying:
@@ -198,7 +198,7 @@ def test_when_nobody_is_guilty_every_group_of_an_invocation_counts_the_failure()
 def test_an_error_of_one_group_that_is_about_resources_is_its_own():
     script = Script(window=1, policy=Policy(batch_groups=2))
     script.add("r", *many(2), batch=True)
-    script.end("k0", DONE, RESOURCES)
+    script.end("k0", DONE, TIMEOUT)
     assert script.ended()[0].group.outputs == ("k1",)
 
 
@@ -235,7 +235,7 @@ def long(outputs: str, tasks: str, inputs: str = "", **more: Any) -> Group:
 def test_a_group_that_was_too_large_is_replaced_by_smaller_ones():
     script = Script()
     script.add("r", long("b", "a b"), keep="b", split=halve)
-    script.end("b", RESOURCES)
+    script.end("b", TIMEOUT)
     assert script.in_flight() == ["a"]  # at once: it cannot fail in the same way
     script.end("a")
     assert script.in_flight() == ["b"]
@@ -250,7 +250,7 @@ def test_a_group_is_split_as_often_as_it_takes():
     while not script.ended():
         invoke = next(iter(script.flying.values()))
         (it,) = invoke.groups
-        script.end(it.outputs[0], RESOURCES if len(it.tasks) > 1 else DONE)
+        script.end(it.outputs[0], TIMEOUT if len(it.tasks) > 1 else DONE)
         invocations += 1
     assert script.ended() == [RunEnded("r", None)]
     assert invocations == 8 + 7
@@ -259,19 +259,19 @@ def test_a_group_is_split_as_often_as_it_takes():
 def test_a_single_task_that_is_too_large_fails_as_often_as_it_may():
     script = Script()
     script.add("r", long("b", "a b", retries=1), split=halve)
-    script.end("b", RESOURCES)
-    script.end("a", RESOURCES)
+    script.end("b", TIMEOUT)
+    script.end("a", TIMEOUT)
     assert not script.ended()
     script.wake_until_flying("a")
-    script.end("a", RESOURCES)
+    script.end("a", TIMEOUT)
     assert script.ended()[0].group.outputs == ("a",)
-    assert script.ended()[0].failure is RESOURCES
+    assert script.ended()[0].failure is TIMEOUT
 
 
 def test_without_a_way_to_split_a_group_that_is_too_large_fails():
     script = Script()
     script.add("r", long("b", "a b"))
-    script.end("b", RESOURCES)
+    script.end("b", TIMEOUT)
     assert script.ended()[0].group.tasks == ("a", "b")
 
 
@@ -289,7 +289,7 @@ def test_the_inputs_of_a_group_that_is_split_stay_until_both_parts_are_done():
     script = Script()
     script.add("r", group("x"), long("b", "a b", "x"), keep="b", split=halve)
     script.end("x")
-    script.end("b", RESOURCES)
+    script.end("b", TIMEOUT)
     assert script.released() == set()
     script.end("a")
     assert script.released() == set()
@@ -301,7 +301,7 @@ def test_the_readers_of_a_group_that_is_split_wait_for_the_parts():
     script = Script()
     parts = long("a b", "a b")
     script.add("r", parts, group("c", "a"), group("d", "b"), keep="cd", split=halve)
-    script.end("b", RESOURCES)
+    script.end("b", TIMEOUT)
     assert script.in_flight() == ["a"]
     script.end("a")
     assert sorted(script.in_flight()) == ["b", "c"]
@@ -318,7 +318,7 @@ def test_the_readers_of_a_group_that_is_split_wait_for_the_parts():
 def test_what_is_kept_is_kept_when_its_group_is_split():
     script = Script()
     script.add("r", long("a b", "a b"), group("c", "a b"), keep="abc", split=halve)
-    script.end("b", RESOURCES)
+    script.end("b", TIMEOUT)
     for key in "abc":
         script.end(key)
         assert script.released() == set()
@@ -330,11 +330,11 @@ def test_a_batch_that_is_too_large_is_first_taken_apart_and_then_split():
     groups = [long(f"b{i}", f"a{i} b{i}", kind="k", seconds=0.0) for i in range(2)]
     script.add("r", *groups, batch=True, split=halve)
     assert script.batches() == [["b0", "b1"]]
-    script.end("b0", RESOURCES, whole=True)
+    script.end("b0", TIMEOUT, whole=True)
     assert script.batches() == [["b0"]]
     script.end("b0")
     assert script.batches() == [["b1"]]
-    script.end("b1", RESOURCES, whole=True)
+    script.end("b1", TIMEOUT, whole=True)
     assert script.batches() == [["a1"]]
     script.end("a1")
     script.end("b1")
@@ -345,7 +345,7 @@ def test_a_group_of_a_run_that_has_ended_is_not_split():
     script = Script()
     script.add("r", long("b", "a b"), group("c"), split=halve)
     script.end("c", FATAL)
-    script.end("b", RESOURCES)
+    script.end("b", TIMEOUT)
     assert script.in_flight() == []
     assert script.drained() == ["r"]
 

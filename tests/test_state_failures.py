@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from dask_lambda.events import Failure, FailureKind, RunEnded, TimePassed, Wake, WindowChanged
+from dask_lambda.events import (
+    Failure,
+    FailureKind,
+    RunEnded,
+    Stalled,
+    TimePassed,
+    Wake,
+    WindowChanged,
+)
 from dask_lambda.plan import Group
 from dask_lambda.policy import Policy
 from tests.state_script import (
     DEATH,
+    EXPIRED,
     FATAL,
+    MEMORY,
+    RATE_LIMITED,
     TASK,
     THROTTLED,
+    TIMEOUT,
     TRANSIENT,
     Script,
     group,
@@ -40,8 +54,6 @@ def fail_until_ended(script: Script, failure: Failure, groups: Group) -> int:
         (TASK, 3, 4),
         (DEATH, 0, 1 + Policy().deaths),
         (DEATH, 2, 1 + Policy().deaths + 2),
-        (TRANSIENT, 0, Policy().transient_tries),
-        (TRANSIENT, 5, Policy().transient_tries),
         (FATAL, 0, 1),
         (FATAL, 5, 1),
     ],
@@ -55,14 +67,119 @@ def test_how_often_a_group_is_started_depends_on_why_it_failed(failure, retries,
 
 
 def test_each_kind_of_failure_is_counted_by_itself():
-    script = Script(policy=Policy(deaths=1, transient_tries=2))
+    script = Script(policy=Policy(deaths=1))
     script.add("r", group("a", retries=1))
     for failure in (TASK, DEATH, TRANSIENT, DEATH):
         script.end("a", failure)
         assert not script.ended(), failure
         script.wake_until_flying("a")
+    script.end("a", TASK)
+    assert script.ended()
+
+
+# -- for some time -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [TRANSIENT, EXPIRED])
+def test_what_is_not_the_groups_fault_is_tried_for_as_long_as_the_patience(failure):
+    script = Script(policy=Policy(max_backoff=5.0))
+    script.add("r", group("a"), patience=100.0)
+    while not script.ended():
+        script.end("a", failure)
+        if script.now < 100.0:
+            script.wake_until_flying("a")
+    assert 100.0 <= script.now < 105.0
+    assert script.ended() == [RunEnded("r", failure, group("a"))]
+
+
+def test_it_is_tried_some_times_however_long_each_takes():
+    script = Script(policy=Policy(transient_tries=3))
+    script.add("r", group("a"), patience=10.0)
+    for _ in range(2):
+        script.now += 800.0
+        script.end("a", TRANSIENT)
+        script.wake_until_flying("a")
+    script.now += 800.0
     script.end("a", TRANSIENT)
     assert script.ended()
+
+
+def test_another_failure_in_between_renews_the_patience():
+    script = Script(policy=Policy(transient_tries=1))
+    script.add("r", group("a", retries=9), patience=10.0)
+    for failure in (TRANSIENT, TASK, TRANSIENT, TASK, TRANSIENT):
+        script.end("a", failure)
+        assert not script.ended()
+        script.now += 8.0
+        script.wake_until_flying("a")
+
+
+def test_the_user_hears_now_and_then_of_what_is_tried_in_vain():
+    script = Script(policy=Policy(notice_after=20.0, notice_every=60.0, max_backoff=5.0))
+    script.add("r", group("a"), patience=300.0)
+    notices = []
+    while not script.ended():
+        script.end("a", TRANSIENT)
+        notices += [(script.now, said) for said in script.said(Stalled)]
+        if not script.ended():
+            script.wake_until_flying("a")
+    times = [at for at, _ in notices]
+    assert times[0] >= 20.0
+    assert 4 <= len(times) <= 5
+    assert all(later - sooner >= 60.0 for sooner, later in itertools.pairwise(times))
+    assert notices[0][1] == Stalled("r", TRANSIENT, 0.0, 300.0)
+
+
+# -- more memory, smaller parts ------------------------------------------------------------------
+
+
+def halved(it):
+    """Two groups with an output each."""
+    return [group(key) for key in it.outputs] if len(it.outputs) > 1 else []
+
+
+def rungs(script):
+    return {invoke.groups[0].outputs: invoke.rung for invoke in script.flying.values()}
+
+
+def test_out_of_memory_a_group_climbs_the_ladder_at_once_and_is_then_split():
+    script = Script(rungs=3)
+    script.add("r", group("a b"), keep="ab", split=halved)
+    for rung in range(3):
+        assert rungs(script) == {("a", "b"): rung}
+        script.end("a", MEMORY)
+    assert rungs(script) == {("a",): 2, ("b",): 2}  # what was learnt is not forgotten
+    script.end("a")
+    script.end("b", MEMORY)
+    assert script.ended() == [RunEnded("r", MEMORY, group("b"))]
+
+
+def test_a_time_out_is_no_reason_for_more_memory():
+    script = Script(rungs=3)
+    script.add("r", group("a b"), keep="ab", split=halved)
+    script.end("a", TIMEOUT)
+    assert rungs(script) == {("a",): 0, ("b",): 0}
+
+
+def test_with_one_function_memory_is_a_failure_of_the_task():
+    script = Script()
+    it = group("a", retries=1)
+    assert fail_until_ended(script, MEMORY, it) == 2
+
+
+def test_a_group_that_kills_its_workers_is_divided_until_the_culprit_is_found():
+    script = Script(policy=Policy(deaths=1))
+    script.add("r", group("a b"), keep="ab", split=halved)
+    script.end("a", DEATH)
+    script.wake_until_flying("a")
+    assert rungs(script) == {("a", "b"): 0}
+    script.end("a", DEATH)
+    assert rungs(script) == {("a",): 0, ("b",): 0}
+    script.end("a")
+    script.end("b", DEATH)
+    script.wake_until_flying("b")
+    script.end("b", DEATH)
+    assert script.ended() == [RunEnded("r", DEATH, group("b"))]
 
 
 def test_one_groups_failures_are_not_held_against_another():
@@ -163,16 +280,34 @@ def flood(script: Script, count: int) -> None:
     script.add("r", *(group(f"g{i}") for i in range(count)))
 
 
-def test_a_throttle_shrinks_the_limit_by_a_factor():
-    script = Script(window=100)
+def test_a_refusal_shrinks_the_limit_to_what_was_not_refused():
+    """Nothing is started, and nothing is lost, while the burst of refusals comes in."""
+    script = Script(window=100, policy=Policy(decrease=1.0))
     flood(script, 300)
-    script.end("g0", THROTTLED)
-    assert script.state.limit == pytest.approx(70)
-    assert len(script.flying) == 99  # what is in flight stays
+    for i in range(90):
+        script.end(f"g{i}", THROTTLED)
+    assert len(script.flying) == 10
+    assert script.state.window.limit == pytest.approx(10)
+    script.end("g90")
+    assert len(script.flying) == 10
+
+
+def test_it_shrinks_by_a_factor_besides_once_an_interval():
+    script = Script(window=100, policy=Policy(decrease=0.5, decrease_interval=1.0))
+    flood(script, 100)
+    for i in range(20):
+        script.end(f"g{i}", THROTTLED)
+    assert script.state.window.limit == pytest.approx(99 * 0.5)
+    script.now += 0.999
+    script.end("g20", THROTTLED)
+    assert script.state.window.limit >= 99 * 0.5
+    script.now += 0.002
+    script.end("g21", THROTTLED)
+    assert script.state.window.limit <= 99 * 0.3
 
 
 def test_nothing_is_started_while_more_are_in_flight_than_the_limit():
-    script = Script(window=100)
+    script = Script(window=100, policy=Policy(decrease=0.7))
     flood(script, 300)
     script.end("g0", THROTTLED)
     for i in range(1, 29):
@@ -180,55 +315,108 @@ def test_nothing_is_started_while_more_are_in_flight_than_the_limit():
     assert len(script.flying) == 71
     for i in range(29, 40):
         script.end(f"g{i}")
-    assert len(script.flying) == int(script.state.limit) == 70
+    assert len(script.flying) == script.state.window.allowed < 71
 
 
-def test_a_burst_of_throttles_shrinks_the_limit_once_an_interval():
-    script = Script(window=100, policy=Policy(decrease=0.5, decrease_interval=1.0))
-    flood(script, 100)
-    for i in range(20):
-        script.end(f"g{i}", THROTTLED)
-    assert script.state.limit == pytest.approx(50)
-    script.now += 0.999
-    script.end("g20", THROTTLED)
-    assert script.state.limit == pytest.approx(50)
-    script.now += 0.002
-    script.end("g21", THROTTLED)
-    assert script.state.limit == pytest.approx(25)
+def test_a_storm_of_refusals_leaves_nine_tenths_of_what_is_allowed():
+    """The account takes ten invocations at a time, the window is a hundred."""
+    script = Script(window=100)
+    flood(script, 2000)
+    ends: list[tuple[float, str]] = []
+    known: set[int] = set()
+    busy = 0.0
+    while len(script.accepted) < 2000:
+        for number, invoke in list(script.flying.items()):
+            if number not in known:
+                known.add(number)
+                if len(ends) < 10:
+                    ends.append((script.now + 0.2, invoke.groups[0].outputs[0]))
+                else:
+                    script.end(invoke.groups[0].outputs[0], THROTTLED)
+        at = min([end for end, _ in ends] + [t for t in script.timers if t > script.now])
+        busy += len(ends) * (at - script.now)
+        script.now = at
+        for end in sorted(ends):
+            if end[0] <= at:
+                ends.remove(end)
+                script.end(end[1])
+        script.tell(TimePassed(at))
+    assert busy / script.now >= 0.9 * 10
 
 
-def test_the_limit_shrinks_from_what_was_in_flight_if_that_is_less():
-    script = Script(window=1000)
+def test_a_refusal_for_the_rate_leaves_the_concurrency_alone():
+    script = Script(window=100)
+    flood(script, 300)
+    script.end("g0", RATE_LIMITED)
+    assert script.state.window.limit == 100
+    assert script.state.window.rate == pytest.approx(100 * Policy().decrease, rel=0.02)
+
+
+def test_after_such_a_refusal_invocations_are_spread_over_time():
+    script = Script(window=1000, policy=Policy(growth=0.0))
+    flood(script, 1000)
+    script.end("g0", RATE_LIMITED)
+    for key in script.in_flight():
+        script.end(key)
+    rate = script.state.window.rate
+    flood_end = script.now
+    script.add("s", *(group(f"s{i}") for i in range(2000)))
+    while script.now < flood_end + 1.0:
+        for number in list(script.flying):
+            invoke = script.flying[number]
+            script.end(invoke.groups[0].outputs[0], run=invoke.run)
+        script.wake()
+    started = 2000 - len(script.state._runs["s"].ready)
+    assert started == pytest.approx(rate, rel=0.15)
+
+
+def test_the_rate_grows_again():
+    script = Script(window=10)
     flood(script, 10)
-    script.end("g0", THROTTLED)
-    assert script.state.limit == pytest.approx(7)
+    script.end("g0", RATE_LIMITED)
+    slow = script.state.window.rate
+    script.now += 40.0
+    script.wake_until_flying("g0")
+    assert script.state.window.rate > 2 * slow
 
 
 def test_the_limit_never_falls_below_one():
     script = Script(window=4)
     flood(script, 4)
     for _ in range(30):
-        script.end(script.in_flight()[0], THROTTLED)
+        while script.flying:
+            script.end(script.in_flight()[0], THROTTLED)
+        assert script.state.window.limit == 1.0
         script.now += 2
         while not script.flying:
             script.wake()
-    assert script.state.limit == 1.0
-    assert len(script.flying) == 1
+
+
+def test_the_limit_grows_with_time_while_what_is_in_flight_takes_long():
+    """Somebody else may have taken the room that Lambda refused, for a moment only."""
+    script = Script(window=100)
+    script.add("r", group("long", priority=-1), *(group(f"g{i}") for i in range(30)))
+    for i in range(30):
+        script.end(f"g{i}", THROTTLED)
+    assert script.state.window.limit < 2
+    while len(script.flying) < 31:
+        script.wake()
+    assert script.now < 60
 
 
 def test_the_limit_grows_by_about_one_for_each_limits_worth_of_successes():
     script = Script(window=20)
     flood(script, 500)
     script.end("g0", THROTTLED)
-    before = script.state.limit
-    for _ in range(int(before)):
+    before = script.state.window.limit
+    for _ in range(int(before) + 1):
         script.end(script.in_flight()[0])
-    assert before + 0.9 < script.state.limit < before + 1.1
+    assert before + 0.9 < script.state.window.limit < before + 1.2
     while len(script.flying) < 20:
         script.end(script.in_flight()[0])
     for _ in range(100):
         script.end(script.in_flight()[0])
-    assert script.state.limit == 20  # never above the window
+    assert script.state.window.limit == 20  # never above the window
 
 
 def test_throttles_end_a_run_when_nothing_got_done_for_as_long_as_the_patience():

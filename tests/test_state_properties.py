@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dask_lambda.events import (
+    Accept,
+    Budget,
+    Discard,
     Done,
     Event,
     Failure,
@@ -26,9 +29,10 @@ from dask_lambda.events import (
     Wake,
     WindowChanged,
 )
+from dask_lambda.pace import TRUST
 from dask_lambda.plan import Group
 from dask_lambda.policy import Policy
-from dask_lambda.state import PACE_TRUST, State
+from dask_lambda.state import State
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Model:
     available: set[str] = field(default_factory=set)
     released: set[str] = field(default_factory=set)
     done: set[Group] = field(default_factory=set)
-    flying: set[Group] = field(default_factory=set)
+    flying: Counter = field(default_factory=Counter)  # invocations of each group
     delayed: dict[Group, float] = field(default_factory=dict)  # until then at the latest
     failures: dict[Group, Counter] = field(default_factory=lambda: defaultdict(Counter))
     starts: Counter = field(default_factory=Counter)
@@ -52,7 +56,12 @@ class Model:
     drained: bool = False
     batch: bool = False
     splits: bool = False
-    lost: Counter = field(default_factory=Counter)  # invocations that nobody was guilty of
+    speculate: bool = False
+    budget: Budget | None = None
+    usd: float = 0.0
+    rungs: Counter = field(default_factory=Counter)
+    since: dict[Group, float] = field(default_factory=dict)  # it fails for reasons outside of it
+    lost: Counter = field(default_factory=Counter)  # starts that nobody was guilty of
 
     def readers(self, key: str) -> list[Group]:
         return [g for g in self.added if key in g.inputs and g not in self.done]
@@ -87,8 +96,24 @@ def models(draw, name: str) -> Model:
     for batch in batches:  # within one event any order will do
         batch[:] = draw(st.permutations(batch))
     keep = draw(st.frozensets(st.sampled_from(keys))) if keys else frozenset()
-    batch, splits = draw(st.booleans()), draw(st.booleans())
-    return Model(name, batches, keep, batch=batch, splits=splits)
+    return Model(
+        name,
+        batches,
+        keep,
+        batch=draw(st.booleans()),
+        splits=draw(st.booleans()),
+        speculate=draw(st.booleans()),
+        budget=draw(st.sampled_from([None, None, None, Budget(2.0, usd_second=(0.1,))])),
+    )
+
+
+@st.composite
+def waves(draw, name: str) -> Model:
+    """A run of groups of one kind that can all start at once, of which some take long."""
+    count = draw(st.integers(4, 9))
+    groups = [Group((f"{i}x",), (), (f"{i}x",), i, 1, "k") for i in range(count)]
+    keep = draw(st.frozensets(st.sampled_from([f"{i}x" for i in range(count)])))
+    return Model(name, [groups], keep, speculate=True)
 
 
 def halves(it: Group) -> list[Group]:
@@ -112,18 +137,30 @@ def halves(it: Group) -> list[Group]:
 
 DONE = Done()
 OUTCOMES = [Done(seconds) for seconds in (0.0, 0.0, 0.0, 0.1, 0.1, 2.0)]
-OUTCOMES += [Failure(kind) for kind in FailureKind]
-FAILURES = [Failure(kind) for kind in FailureKind]
-POLICY = Policy(deaths=1, transient_tries=3, backoff=0.5, max_backoff=4.0, throttle_patience=1e9)
+OUTCOMES += [Failure(kind) for kind in FailureKind if kind is not FailureKind.BUDGET]
+FAILURES = [outcome for outcome in OUTCOMES if isinstance(outcome, Failure)]
+POLICY = Policy(
+    deaths=1,
+    transient_tries=2,
+    backoff=0.5,
+    max_backoff=4.0,
+    throttle_patience=1e9,
+    straggler_samples=2,
+    straggler_seconds=0.5,
+    speculative_share=1.0,
+)
+PATIENCE = 3.0
+RUNGS = 2
 #: Failures of an invocation of which one of several groups may be the reason.
-GUILTY = {FailureKind.RESOURCES, FailureKind.DEATH}
+GUILTY = {FailureKind.MEMORY, FailureKind.TIMEOUT, FailureKind.DEATH}
+REFUSED = {FailureKind.THROTTLED, FailureKind.RATE_LIMITED}
 
 
 class Play:
     """Drives the machine with whatever hypothesis chooses and checks all that is known."""
 
     def __init__(self, runs: list[Model], window: int, seed: int):
-        self.state = State(window, POLICY, seed)
+        self.state = State(window, POLICY, seed, rungs=RUNGS)
         self.window = window
         self.runs = {run.name: run for run in runs}
         self.now = 0.0
@@ -131,30 +168,36 @@ class Play:
         self.answered: set[int] = set()
         self.timers: list[float] = []
         self.expected_failure: tuple[str, Group, Failure] | None = None
+        self.expected_results: list[tuple[type, Group, object]] = []
 
     def handle(self, event: Event) -> None:
         room = len(self.flying)
         seen_end = {run.name for run in self.runs.values() if run.outcome}
+        results: list[tuple[type, Group, object]] = []
         for instruction in self.state.handle(event, self.now):
             match instruction:
-                case Invoke(invocation, name, groups, tries):
+                case Invoke(invocation, name, groups, tries, rung, speculative):
                     run = self.runs[name]
                     assert not run.outcome, "nothing is started for an ended run"
                     assert invocation not in self.flying
                     assert invocation not in self.answered
                     assert tries == run.starts[groups[0]]
-                    self.check_batch(run, groups)
+                    assert run.budget is None or run.usd <= run.budget.usd + 1e-6
+                    self.check_batch(run, groups, speculative)
                     for it in groups:
                         assert it in run.added
                         assert it not in run.done
-                        assert it not in run.flying
+                        assert run.flying[it] == speculative
                         assert set(it.inputs) <= run.available - run.released
-                        run.starts[it] += 1
-                        run.flying.add(it)
+                        assert rung == run.rungs[it]
+                        run.starts[it] += not speculative
+                        run.flying[it] += 1
                         run.delayed.pop(it, None)
                     self.flying[invocation] = instruction
                     room += 1
                     assert room <= self.window
+                case Accept(name, it, result) | Discard(name, it, result):
+                    results.append((type(instruction), it, result))
                 case Release(name, keys):
                     run = self.runs[name]
                     assert run.last
@@ -171,6 +214,9 @@ class Play:
                         assert run.last
                         assert run.done == set(run.added)
                         run.outcome = "done"
+                    elif failure.kind is FailureKind.BUDGET:
+                        assert run.budget is not None
+                        run.outcome = "broke"
                     else:
                         assert self.expected_failure == (name, which, failure)
                         self.expected_failure = None
@@ -183,9 +229,14 @@ class Play:
                     run.drained = True
                 case Wake(at):
                     self.timers.append(at)
+        assert results == self.expected_results, "the first result of a group is the only one"
+        self.expected_results = []
         self.check()
 
-    def check_batch(self, run: Model, groups: tuple[Group, ...]) -> None:
+    def check_batch(self, run: Model, groups: tuple[Group, ...], speculative: bool) -> None:
+        if speculative:
+            assert run.speculate
+            return
         if len(groups) == 1:
             return
         assert run.batch
@@ -193,7 +244,7 @@ class Play:
         assert not any(run.starts[it] for it in groups), "what was tried before goes alone"
         if groups[0].seconds is None:
             done = sum(it.kind == groups[0].kind for it in run.done)
-            assert len(groups) <= PACE_TRUST * done
+            assert len(groups) <= TRUST * done
         assert len(groups) <= POLICY.batch_groups
 
     def check(self) -> None:
@@ -205,22 +256,27 @@ class Play:
         assert set(self.state.runs) <= known - drained
         startable = 0
         for run in self.runs.values():
+            flying = any(invoke.run == run.name for invoke in self.flying.values())
             if run.outcome:
-                assert run.drained == (not run.flying)
+                assert run.drained == (not flying)
                 continue
             if run.last:
                 assert run.done != set(run.added), "a run with nothing left to do has not ended"
                 for key in run.available - run.released - run.keep:
                     assert run.readers(key), f"{key} is not needed and was not released"
             for it in run.added:
-                idle = it not in run.done and it not in run.flying
+                idle = it not in run.done and not run.flying[it]
                 if idle and set(it.inputs) <= run.available:
-                    startable += run.delayed.get(it, 0.0) <= self.now
                     if run.delayed.get(it, 0.0) > self.now:
                         assert self.timers or self.flying, "nobody will wake it"
+                    elif run.budget is None:
+                        startable += 1
+                    else:
+                        assert flying or self.timers, "nothing will come that it could pay with"
         if startable:
-            limit = min(self.window, max(1, int(self.state.limit)))
-            assert len(self.flying) >= limit, "there is room, and a group that is ready"
+            full = not self.state.window.room(len(self.flying), self.now)
+            assert full, "there is room, and a group that is ready"
+            assert self.flying or self.timers, "nobody will start it"
 
     # -- what may happen ---------------------------------------------------------------------
 
@@ -230,48 +286,99 @@ class Play:
         run.opened, run.last = True, not run.batches
         keep = run.keep & {key for it in batch for key in it.outputs}
         split = halves if run.splits else None
-        self.handle(GroupsAdded(run.name, batch, keep, run.last, split, run.batch))
+        self.handle(
+            GroupsAdded(
+                run.name,
+                batch,
+                keep,
+                run.last,
+                split,
+                run.batch,
+                run.speculate,
+                PATIENCE,
+                run.budget,
+            )
+        )
 
-    def end(self, invocation: int, outcomes: list[Done | Failure], whole: bool = False) -> None:
+    def end(
+        self,
+        invocation: int,
+        outcomes: list[Done | Failure],
+        whole: bool = False,
+        usd: float = 0.0,
+    ) -> None:
         invoke = self.flying.pop(invocation)
         self.answered.add(invocation)
         run, groups = self.runs[invoke.run], invoke.groups
-        run.flying.difference_update(groups)
+        run.flying.subtract(groups)
+        run.usd += usd
+        told: list[Done | Failure] = []
         for it, outcome in zip(groups, outcomes, strict=True):
-            if run.outcome or self.expected_failure:
-                break
+            over = run.outcome or self.expected_failure
             if isinstance(outcome, Done):
-                run.done.add(it)
-                run.available.update(it.outputs)
-            elif whole and len(groups) > 1 and outcome.kind in GUILTY:
-                run.lost[it] += 1
-            else:
-                self.fail(run, it, outcome)
-        self.handle(InvocationEnded(invocation, tuple(outcomes), whole))
+                outcome = replace(outcome, result=(invocation, it.outputs))
+                late = over or it in run.done
+                kind = Discard if late else Accept
+                self.expected_results.append((kind, it, outcome.result))
+                if not late:
+                    run.done.add(it)
+                    run.available.update(it.outputs)
+            elif not over and it not in run.done:
+                self.fail(run, it, outcome, whole and len(groups) > 1)
+            told.append(outcome)
+        self.handle(InvocationEnded(invocation, tuple(told), whole, usd))
 
-    def fail(self, run: Model, it: Group, outcome: Failure) -> None:
+    def fail(self, run: Model, it: Group, outcome: Failure, whole: bool) -> None:
         kind = outcome.kind
-        if kind is FailureKind.RESOURCES:
-            if run.splits and (parts := halves(it)):
-                run.added.remove(it)
-                run.added += parts
+        if run.flying[it] and kind is not FailureKind.FATAL:
+            return  # the other invocation may do it
+        if kind in REFUSED:
+            run.lost[it] += 1
+            run.delayed[it] = self.now + POLICY.max_backoff
+            return
+        if whole and kind in GUILTY:
+            run.lost[it] += 1
+            return
+        if kind is FailureKind.MEMORY and run.rungs[it] + 1 < RUNGS:
+            run.rungs[it] += 1
+            run.lost[it] += 1
+            return
+        if kind in (FailureKind.MEMORY, FailureKind.TIMEOUT):
+            if self.split(run, it):
                 return
             kind = FailureKind.TASK
         counts = run.failures[it]
         counts[kind] += 1
         count = counts[kind]
-        allowed = {
-            FailureKind.TASK: it.retries,
-            FailureKind.DEATH: POLICY.deaths + it.retries,
-            FailureKind.TRANSIENT: POLICY.transient_tries - 1,
-            FailureKind.THROTTLED: float("inf"),
-            FailureKind.FATAL: 0,
-        }[kind]
-        if count > allowed:
+        outside = kind in (FailureKind.TRANSIENT, FailureKind.EXPIRED)
+        if not outside:
+            run.since.pop(it, None)
+        match kind:
+            case FailureKind.TASK:
+                again = count <= it.retries
+            case FailureKind.DEATH:
+                again = count <= POLICY.deaths + it.retries
+                if not again and self.split(run, it):
+                    return
+            case FailureKind.TRANSIENT | FailureKind.EXPIRED:
+                since = run.since.setdefault(it, self.now)
+                again = self.now - since < PATIENCE or count < POLICY.transient_tries
+            case _:
+                again = False
+        if not again:
             self.expected_failure = (run.name, it, outcome)
         else:
             bound = min(POLICY.max_backoff, POLICY.backoff * 2.0 ** min(count - 1, 50))
             run.delayed[it] = self.now + bound
+
+    def split(self, run: Model, it: Group) -> bool:
+        parts = halves(it) if run.splits else []
+        if parts:
+            run.added.remove(it)
+            run.added += parts
+            for part in parts:
+                run.rungs[part] = run.rungs[it]
+        return bool(parts)
 
     def wake(self) -> None:
         at = min(self.timers)
@@ -290,17 +397,9 @@ class Play:
         self.window = window
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(data=st.data())
-def test_whatever_happens_in_whatever_order_the_rules_hold(data):
-    draw = data.draw
-    runs = [draw(models(name)) for name in "rst"[: draw(st.integers(1, 3))]]
-    play = Play(runs, draw(st.integers(1, 5)), draw(st.integers(0, 3)))
+def play_on(play: Play, draw, outcomes: list[Done | Failure]) -> None:
+    """Let anything happen for a while."""
+    runs = list(play.runs.values())
     for _ in range(draw(st.integers(0, 40))):
         actions = []
         actions += [("add", run) for run in runs if run.batches and not run.outcome]
@@ -314,20 +413,26 @@ def test_whatever_happens_in_whatever_order_the_rules_hold(data):
                 play.add(what)
             case "end":
                 count = len(play.flying[what].groups)
+                usd = draw(st.sampled_from([0.0, 0.1, 0.7]))
                 if draw(st.integers(0, 3)) == 0:  # it is lost as a whole
-                    play.end(what, [draw(st.sampled_from(FAILURES))] * count, whole=True)
+                    play.end(what, [draw(st.sampled_from(FAILURES))] * count, True, usd)
                 else:
-                    play.end(what, [draw(st.sampled_from(OUTCOMES)) for _ in range(count)])
+                    ends = [draw(st.sampled_from(outcomes)) for _ in range(count)]
+                    play.end(what, ends, False, usd)
             case "wake":
                 play.wake()
             case "step":
-                play.now += draw(st.sampled_from([0.0, 0.1, 1.0]))
+                play.now += draw(st.sampled_from([0.0, 0.1, 1.0, 5.0]))
             case "window":
                 if draw(st.booleans()) and len(play.flying) <= play.window:
                     play.change_window(draw(st.integers(1, 5)))
             case "cancel":
                 play.cancel(what)
-    # From here on all goes well, and every run must come to its end.
+
+
+def play_to_the_end(play: Play) -> None:
+    """Let all go well; then every run must come to its end."""
+    runs = list(play.runs.values())
     for _ in range(1000):
         waiting = [run for run in runs if run.batches and not run.outcome]
         if waiting:
@@ -354,3 +459,39 @@ def test_whatever_happens_in_whatever_order_the_rules_hold(data):
             )
     assert list(play.state.runs) == []
     assert not play.state.in_flight
+
+
+ANYTHING = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@ANYTHING
+@given(data=st.data())
+def test_whatever_happens_in_whatever_order_the_rules_hold(data):
+    draw = data.draw
+    runs = [draw(models(name)) for name in "rst"[: draw(st.integers(1, 3))]]
+    play = Play(runs, draw(st.integers(1, 5)), draw(st.integers(0, 3)))
+    play_on(play, draw, OUTCOMES)
+    play_to_the_end(play)
+
+
+@ANYTHING
+@given(data=st.data())
+def test_the_rules_hold_with_duplicates_too(data):
+    """As above, with room for duplicates and reasons for them."""
+    draw = data.draw
+    run = draw(waves("r"))
+    play = Play([run], 20, draw(st.integers(0, 3)))
+    play.add(run)
+    play.now = 1.0
+    for invocation in list(play.flying)[: len(play.flying) // 2 + 1]:
+        play.end(invocation, [DONE], usd=1.0)
+    play.now = 20.0
+    play.wake()
+    assert any(invoke.speculative for invoke in play.flying.values())
+    play_on(play, draw, OUTCOMES)
+    play_to_the_end(play)

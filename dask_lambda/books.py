@@ -1,0 +1,150 @@
+"""What the state machine remembers: runs, their groups and data, invocations in flight.  Pure.
+
+May import: events, pace, plan, the ground.  The records know their own sums; what to do is decided
+in :mod:`dask_lambda.state`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from dask_lambda.events import PATIENCE, Budget, FailureKind
+from dask_lambda.pace import TRUST, Pace
+from dask_lambda.plan import Group
+from lambda_worker.protocol import Key
+
+#: Sums of dollars are exact up to so much of them.
+ROUNDING = 1e-9
+
+
+@dataclass(slots=True)
+class Job:
+    """A group on its way."""
+
+    spec: Group
+    run: RunBook
+    missing: int  #: inputs that are not there yet
+    rung: int = 0  #: which function it is sent to
+    tries: int = 0
+    failures: dict[FailureKind, int] = field(default_factory=dict)
+    failing_since: float | None = None  #: for reasons outside of it, without another in between
+    in_flight: int = 0  #: invocations
+    done: bool = False
+
+
+@dataclass(slots=True)
+class Datum:
+    """An output of a group."""
+
+    readers: int = 0  #: groups that are not done
+    waiting: list[Job] = field(default_factory=list)
+    available: bool = False
+    keep: bool = False
+
+
+@dataclass(slots=True)
+class Flight:
+    """One invocation in flight."""
+
+    run: RunBook
+    jobs: tuple[Job, ...]
+    rung: int
+    started: float
+    pace: Pace  #: of its kind of group
+    reserved: float  #: US dollars that it is expected to cost
+    speculative: bool = False
+    duplicated: bool = False
+
+
+@dataclass(slots=True)
+class RunBook:
+    """One run."""
+
+    name: str
+    data: dict[Key, Datum] = field(default_factory=dict)
+    ready: list[tuple[int, int, Job]] = field(default_factory=list)  #: a heap
+    queued: bool = False  #: whether it is in the rotation
+    starved: bool = False  #: it is not, since it cannot pay for what is ready
+    unfinished: int = 0
+    in_flight: int = 0
+    last: bool = False
+    ended: bool = False
+    split: Callable[[Group], Sequence[Group]] | None = None
+    batch: bool = False
+    speculate: bool = False
+    patience: float = PATIENCE
+    budget: Budget | None = None
+    usd: float = 0.0  #: spent
+    reserved: float = 0.0  #: for what is in flight
+    speculative_usd: float = 0.0  #: spent on duplicates or reserved for them
+    pace: dict[str, Pace] = field(default_factory=dict)  #: by kind
+    refused_since: float = -math.inf  #: the first time after the last success of any run
+    noticed: float = -math.inf
+
+    def pace_of(self, kind: str) -> Pace:
+        """Return what is known of a kind of groups."""
+        pace = self.pace.get(kind)
+        if pace is None:
+            pace = self.pace[kind] = Pace()
+        return pace
+
+    def started(self, flight: Flight) -> None:
+        """Take note of an invocation."""
+        self.in_flight += 1
+        self.reserved += flight.reserved
+        flight.pace.in_flight += len(flight.jobs)
+        if flight.speculative:
+            self.speculative_usd += flight.reserved
+
+    def ended_one(self, flight: Flight, usd: float) -> None:
+        """Take note of the end of an invocation, and of what it cost."""
+        self.in_flight -= 1
+        self.usd += usd
+        self.reserved -= flight.reserved
+        flight.pace.in_flight -= len(flight.jobs)
+        if flight.speculative:
+            self.speculative_usd += usd - flight.reserved
+
+    # -- money ---------------------------------------------------------------------------------
+
+    def expected_usd(self, jobs: Sequence[Job], pace: Pace) -> float:
+        """Return what an invocation is expected to cost, as far as the run has seen it."""
+        spec = jobs[0].spec
+        if pace.groups:
+            return pace.usd * len(jobs)
+        if self.budget is not None and spec.seconds is not None:
+            return spec.seconds * len(jobs) * _price(self.budget, jobs[0].rung)
+        return 0.0
+
+    def can_pay(self, jobs: Sequence[Job], now: float) -> bool:
+        """Whether an invocation may be started on the budget, if there is one.
+
+        Of a kind of which nothing is known, only a few are tried.
+        """
+        if self.budget is None:
+            return True
+        pace = self.pace_of(jobs[0].spec.kind)
+        if pace.in_flight >= TRUST * (pace.groups + 1):
+            return False
+        expected = self.usd + self.reserved + self.expected_usd(jobs, pace)
+        return now < self.budget.until and expected <= self.budget.usd * (1 + ROUNDING)
+
+    def is_spent(self, in_flight: Iterable[Flight], now: float) -> bool:
+        """Whether the budget is used up, with what is in flight counted up to now."""
+        budget = self.budget
+        if budget is None:
+            return False
+        if now >= budget.until:
+            return True
+        accrued = self.usd
+        for flight in in_flight:
+            if flight.run is self:
+                elapsed = (now - flight.started) * _price(budget, flight.rung)
+                accrued += max(flight.reserved, elapsed)
+        return accrued > budget.usd
+
+
+def _price(budget: Budget, rung: int) -> float:
+    return budget.usd_second[min(rung, len(budget.usd_second) - 1)]

@@ -1,0 +1,127 @@
+"""How many invocations may be in flight, and how many may be sent a second.  Pure.
+
+May import: policy.  Lambda says 429 for two reasons.  Too many invocations at the same time (of the
+account, or of the function's reserved concurrency): then the *limit* shrinks.  Too many a second
+(ten for each environment that an account may have): then the *rate* does.  Both shrink by a
+factor and grow by a constant, as TCP's window does (AIMD: Chiu and Jain, Computer Networks and ISDN
+Systems 17, 1989).  One thing is better here than for TCP: a refusal comes at once and costs
+nothing, and what is still in flight then was not refused; so the limit need not go below that.
+"""
+
+from __future__ import annotations
+
+import math
+
+from dask_lambda.policy import Policy
+
+#: A run never stops asking.
+MIN_LIMIT = 1.0
+MIN_RATE = 1.0
+ROUNDING = 1e-6
+
+
+class Window:
+    """The window of one engine.
+
+    Parameters
+    ----------
+    size : int
+        Invocations in flight at the most.
+    policy : Policy
+
+    Attributes
+    ----------
+    limit : float
+        Invocations in flight that Lambda is believed to accept, up to ``size``.
+    rate : float
+        Invocations a second that Lambda is believed to accept.
+    refusals : int
+        Bursts of throttles since anything succeeded.
+    """
+
+    def __init__(self, size: int, policy: Policy):
+        self.size = size
+        self.limit = float(size)
+        self.rate = math.inf
+        self.refusals = 0
+        self._policy = policy
+        self._now = 0.0  # up to when limit, rate and tokens have grown
+        self._limit_step = self._rate_step = 0.0  # growth in a second
+        self._last_decrease = self._last_slowdown = -math.inf
+        self._tokens = 0.0
+        self._second = -math.inf  # begin of the present second of counting
+        self._sent = self._sent_before = 0  # in it, and in the one before
+
+    def resize(self, size: int) -> None:
+        """Change the size; what was learnt about Lambda stays."""
+        self.limit = float(size) if self.limit >= self.size else min(self.limit, float(size))
+        self.size = size
+
+    @property
+    def allowed(self) -> int:
+        """How many invocations may be in flight."""
+        return int(self.limit + 0.5)
+
+    def room(self, in_flight: int, now: float) -> bool:
+        """Whether one more invocation may be sent now."""
+        if self.limit == self.size and self.rate == math.inf:  # nothing was refused
+            return in_flight < self.size
+        self._grow(now)
+        return in_flight < self.allowed and (self.rate == math.inf or self._tokens > 1 - ROUNDING)
+
+    def opens(self, in_flight: int, now: float) -> float | None:
+        """Return when there will be room if nothing ends before; None if there will be none."""
+        self._grow(now)
+        at = now
+        if in_flight >= self.allowed:
+            if in_flight >= self.size or not self._limit_step:
+                return None
+            at += (in_flight + 0.5 + ROUNDING - self.limit) / self._limit_step
+        if self.rate != math.inf:
+            at = max(at, now + (1 - self._tokens) / self.rate)
+        return at
+
+    def sent(self, now: float) -> None:
+        """Take note of an invocation."""
+        if now - self._second >= 1:
+            self._sent_before = self._sent if now - self._second < 2 else 0
+            self._sent, self._second = 0, now
+        self._sent += 1
+        self._tokens -= 1
+
+    def succeeded(self) -> None:
+        """Take note of an invocation that ended well: the limit grows by one a limit's worth."""
+        self.refusals = 0
+        self.limit = min(float(self.size), self.limit + 1.0 / self.limit)
+
+    def throttled(self, in_flight: int, now: float) -> None:
+        """Take note that there were too many at the same time; ``in_flight`` are left."""
+        self._grow(now)
+        self.limit = max(MIN_LIMIT, min(self.limit, float(in_flight)))
+        if now - self._last_decrease >= self._policy.decrease_interval:
+            self._last_decrease = now
+            self.refusals += 1
+            self.limit = max(MIN_LIMIT, self.limit * self._policy.decrease)
+        self._limit_step = max(1.0, self.limit * self._policy.growth)
+
+    def rate_limited(self, now: float) -> None:
+        """Take note that there were too many a second."""
+        if now - self._last_slowdown < self._policy.decrease_interval:
+            return
+        self._grow(now)
+        self._last_slowdown = now
+        self.refusals += 1
+        if self.rate == math.inf:
+            self.rate, self._tokens = float(max(self._sent, self._sent_before)), 0.0
+        self.rate = max(MIN_RATE, self.rate * self._policy.decrease)
+        self._rate_step = self.rate * self._policy.growth
+
+    def _grow(self, now: float) -> None:
+        """Let limit and rate grow with time: what is long in flight must not be waited for."""
+        passed, self._now = now - self._now, now
+        if self.limit < self.size:
+            self.limit = min(float(self.size), self.limit + self._limit_step * passed)
+        if self.rate != math.inf:
+            burst = max(1.0, self.rate * self._policy.rate_burst)
+            self._tokens = min(burst, self._tokens + self.rate * passed)
+            self.rate += self._rate_step * passed
