@@ -136,10 +136,7 @@ def list_runs(as_json: bool) -> None:
     if not found:
         click.echo("no runs are kept")
     for each in found:
-        click.echo(
-            f"{each['name']:24} {each['status']:8} {each['objects_said']:>16} "
-            f"{each['size_said']:>10} {each['used']}"
-        )
+        click.echo(f"{each['name']:24} {each['status']:8} {_holds(each):30} {each['used']}")
 
 
 @runs.command()
@@ -153,7 +150,7 @@ def show(name: str, as_json: bool) -> None:
         return
     for field in ("name", "status", "created", "used", "tasks", "results", "bucket", "folder"):
         click.echo(f"  {field:9} {found[field]}")
-    click.echo(f"  {'objects':9} {found['objects_said']}, {found['size_said']}")
+    click.echo(f"  {'objects':9} {_holds(found)}")
     if found["usd_per_month"] is not None:
         click.echo(f"  {'storage':9} ${found['usd_per_month']:.4f} a month")
 
@@ -334,10 +331,14 @@ def _describe_run(name: str) -> dict[str, Any]:
         "folder": f"*/{kept_prefix(record.place.prefix)}/{record.run}/",
         "objects": objects,
         "bytes": nbytes,
-        "objects_said": "? objects" if objects is None else f"{objects:,} objects",
-        "size_said": "? bytes" if nbytes is None else _size(nbytes),
         "usd_per_month": None if nbytes is None else nbytes / 1e9 * Prices().s3_gb_month,
     }
+
+
+def _holds(found: dict[str, Any]) -> str:
+    if found["objects"] is None:
+        return "unknown"
+    return f"{found['objects']:,} objects, {_size(found['bytes'])}"
 
 
 def _configured() -> Bucket | None:
