@@ -1,6 +1,7 @@
 """The objects of runs in the bucket: what stays, and the deletion of all else.
 
-May import: run, encode, plan, graph, errors, the ground.  To be used in the engine's thread.
+May import: run, kept_folder, encode, plan, graph, errors, the ground.  To be used in the engine's
+thread.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from dask_lambda import errors
 from dask_lambda.encode import all_of
 from dask_lambda.graph import short
+from dask_lambda.kept_folder import Folder, is_data, leftovers
 from dask_lambda.plan import Group
 from dask_lambda.run import Run
 from lambda_worker import protocol
@@ -137,7 +139,7 @@ class Objects:
 
     def discard(self, run: Run, names: Iterable[str]) -> None:
         """Delete objects soon, many at a time."""
-        run.trash.extend(names)
+        run.trash.extend(name for name in names if not run.spares(name))
         if len(run.trash) >= DELETE_BATCH:
             self._spawn(self._empty(run))
         elif run.trash and not run.delete_soon:
@@ -160,6 +162,9 @@ class Objects:
         First of all the lease, so that workers stop and write no more.
         """
         await run.encoder.lease.end()
+        if run.folder is not None:
+            await self._sweep_folder(run, run.folder)
+            return
         self.release(run, list(run.values))
         if run.drained.is_set():  # nothing new is uploaded
             await run.encoder.settle()
@@ -170,6 +175,29 @@ class Objects:
             run.uncertain, run.lost = set(), set()
         run.trash.extend(names.difference(run.trash))
         await self._empty(run)
+
+    async def _sweep_folder(self, run: Run, folder: Folder) -> None:
+        """Delete what nobody can use of a run that is kept.
+
+        That is done before the caller hears of the end.  Afterwards the name may belong to the
+        next computation, of which invocations of this one may not know.
+        """
+        if not folder.open:
+            return
+        run.values.clear()
+        run.inline.clear()
+        run.held = 0
+        if run.drained.is_set():
+            await run.encoder.settle()
+        names = {name for name in run.encoder.take_written() if not is_data(name)}
+        if folder.succeeded and not folder.keep:
+            try:
+                names.update(await leftovers(run.store, folder))
+            except StoreError as error:
+                logger.warning("what the run %r leaves is not known: %s", run.name, error)
+        run.trash.extend(names.difference(run.trash))
+        await self._empty(run)
+        folder.open = False
 
     async def _find_lost(self, run: Run) -> set[str]:
         """Find what invocations have written that were lost before they could say so.
@@ -194,6 +222,10 @@ class Objects:
         """Leave the results of a run in S3 and remember how to load and delete them."""
         names = set()
         found = run.plan.fetch & run.values.keys()
+        if run.folder is not None:  # they stay in any case
+            for key in found:
+                run.kept[key] = run.values.pop(key)
+            return
         await all_of(run.encoder.spill(run.values[key]) for key in found)
         for key in found:
             value = run.values.pop(key)
@@ -203,6 +235,12 @@ class Objects:
             run.kept[key] = value
         self._kept[run.name] = run.secret, names
         protocol.resolvers[run.name] = self._load
+
+    def adopt(self, run: str, secret: bytes) -> None:
+        """Take note of the secret of a run whose objects outlive this process."""
+        if run not in self._kept:
+            self._kept[run] = secret, set()
+        protocol.resolvers[run] = self._load
 
     def secret_of(self, reference: Reference) -> bytes:
         """Return the secret under which a stored result was sealed.
