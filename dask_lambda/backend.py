@@ -170,7 +170,7 @@ def _aws(settings: Settings) -> AWSBackend:
             settings.timeout,
             memory,
         )
-        for memory, function in [(None, settings.function), *larger]
+        for memory, function in [(settings.memory if larger else None, settings.function), *larger]
     ]
     bucket = open_bucket(
         settings.bucket,

@@ -52,14 +52,10 @@ class Flight:
     jobs: tuple[Job, ...]
     rung: int
     started: float
+    pace: Pace  #: of its kind of group
     reserved: float  #: US dollars that it is expected to cost
     speculative: bool = False
     duplicated: bool = False
-
-    @property
-    def pace(self) -> Pace:
-        """How long its kind of group takes."""
-        return self.run.pace_of(self.jobs[0].spec.kind)
 
 
 @dataclass(slots=True)
@@ -113,10 +109,9 @@ class RunBook:
 
     # -- money ---------------------------------------------------------------------------------
 
-    def expected_usd(self, jobs: Sequence[Job]) -> float:
+    def expected_usd(self, jobs: Sequence[Job], pace: Pace) -> float:
         """Return what an invocation is expected to cost, as far as the run has seen it."""
         spec = jobs[0].spec
-        pace = self.pace_of(spec.kind)
         if pace.groups:
             return pace.usd * len(jobs)
         if self.budget is not None and spec.seconds is not None:
@@ -133,7 +128,7 @@ class RunBook:
         pace = self.pace_of(jobs[0].spec.kind)
         if pace.in_flight >= TRUST * (pace.groups + 1):
             return False
-        expected = self.usd + self.reserved + self.expected_usd(jobs)
+        expected = self.usd + self.reserved + self.expected_usd(jobs, pace)
         return now < self.budget.until and expected <= self.budget.usd * (1 + ROUNDING)
 
     def is_spent(self, in_flight: Iterable[Flight], now: float) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from dask._task_spec import Alias, GraphNode
@@ -272,7 +272,7 @@ class Encoder:
             total -= largest[moved].size
             moved += 1
         if moved <= MAX_SPILLS or total + sum(v.size for v in largest[:moved]) > MAX_LIST_BYTES:
-            await asyncio.gather(*(self.spill(value) for value in largest[:moved]))
+            await all_of(self.spill(value) for value in largest[:moved])
 
     # -- uploads ---------------------------------------------------------------------------------
 
@@ -299,6 +299,16 @@ async def _once(
     if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
         task = tasks[key] = asyncio.get_running_loop().create_task(work())
     return await task
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Do several things at the same time; if one fails, raise that when all have ended.
+
+    So nothing is written any more when what was written is deleted.
+    """
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 async def _in_thread(size: int, work: Callable[[], Any]) -> Any:

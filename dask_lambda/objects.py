@@ -1,6 +1,6 @@
 """The objects of runs in the bucket: what stays, and the deletion of all else.
 
-May import: run, errors, the ground.  To be used in the engine's thread.
+May import: run, encode, plan, errors, the ground.  To be used in the engine's thread.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from dask_lambda import errors
+from dask_lambda.encode import all_of
 from dask_lambda.plan import Group
 from dask_lambda.run import Run
 from lambda_worker import protocol
@@ -126,7 +127,7 @@ class Objects:
         """Leave the results of a run in S3 and remember how to load and delete them."""
         names = set()
         found = run.plan.fetch & run.values.keys()
-        await asyncio.gather(*(run.encoder.spill(run.values[key]) for key in found))
+        await all_of(run.encoder.spill(run.values[key]) for key in found)
         for key in found:
             value = run.values.pop(key)
             run.held -= run.inline.pop(key, 0)

@@ -410,7 +410,9 @@ class State:
     ) -> None:
         run, rung, tries = jobs[0].run, jobs[0].rung, jobs[0].tries
         self._counter += 1
-        flight = Flight(run, jobs, rung, now, run.expected_usd(jobs), speculative)
+        pace = run.pace_of(jobs[0].spec.kind)
+        expected = run.expected_usd(jobs, pace)
+        flight = Flight(run, jobs, rung, now, pace, expected, speculative)
         self.in_flight[self._counter] = flight
         run.started(flight)
         self._speculating += speculative
@@ -469,7 +471,7 @@ class State:
             and self.window.room(in_flight, now)
             and self._speculating < max(1, int(share * in_flight))
             and run.can_pay(flight.jobs, now)
-            and run.speculative_usd + run.expected_usd(flight.jobs) <= share * run.usd
+            and run.speculative_usd + run.expected_usd(flight.jobs, flight.pace) <= share * run.usd
         )
 
     # -- the end of a run ----------------------------------------------------------------------

@@ -64,6 +64,8 @@ class Window:
 
     def room(self, in_flight: int, now: float) -> bool:
         """Whether one more invocation may be sent now."""
+        if self.limit == self.size and self.rate == math.inf:  # nothing was refused
+            return in_flight < self.size
         self._grow(now)
         return in_flight < self.allowed and (self.rate == math.inf or self._tokens > 1 - ROUNDING)
 

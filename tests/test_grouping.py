@@ -150,19 +150,22 @@ def test_every_plan_of_any_graph_can_be_run_and_means_what_the_graph_means(data:
     dsk, wanted = data.draw(graphs())
     graph = normalise(materialise(dsk), wanted)
     retries = data.draw(st.sampled_from([0, 2, lambda key: hash(repr(key)[-3]) % 2]))
-    alike = data.draw(st.sampled_from([None, None, lambda key: key if "0)" in repr(key) else 0]))
+    memory = data.draw(st.sampled_from([None, None, lambda key: 10 * ("0)" in repr(key))]))
     plan = plan_of(
         graph,
         finalise=data.draw(st.booleans()),
         retries=retries,
         estimates=data.draw(estimates_of(graph)),
         model=data.draw(models),
-        alike=alike,
+        memory=memory,
     )
     for group in plan.groups:
         of_each = {retries(key) if callable(retries) else retries for key in group.tasks}
         assert of_each == {group.retries}
-        assert len({alike(key) for key in group.tasks} if alike else {0}) == 1
+        if memory is not None:
+            needed = [memory(key) for key in group.tasks]
+            assert not any(needed) or len(needed) == 1, "what needs memory runs alone"
+            assert group.memory == max(needed)
     expected = dict(zip(wanted, dask.get(dict(dsk), wanted), strict=True))
     assert run_plan(plan) == expected
     # What is too large is split, whichever groups are and however often.
@@ -352,12 +355,12 @@ def test_tasks_with_other_retries_are_in_other_groups() -> None:
     assert [(len(group.tasks), group.retries) for group in plan.groups] == [(2, 0), (1, 3), (3, 0)]
 
 
-def test_a_task_that_is_not_alike_stays_alone_and_is_not_repeated() -> None:
+def test_a_task_that_is_said_to_need_memory_stays_alone_and_is_not_repeated() -> None:
     dsk: dict[Any, Any] = {"zeros": Task("zeros", np.zeros, 8)}
     dsk |= {f"use-{i}": Task(f"use-{i}", operator.neg, TaskRef("zeros")) for i in range(3)}
     graph = normalise(dsk, [f"use-{i}" for i in range(3)])
     assert "zeros" in plan_of(graph).repeated
-    plan = plan_of(graph, alike=lambda key: key if key == "zeros" else None)
+    plan = plan_of(graph, memory=lambda key: 100 if key == "zeros" else 0)
     assert plan.groups[0].tasks == plan.groups[0].outputs == ("zeros",)
     assert not plan.repeated
 
