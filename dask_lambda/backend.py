@@ -1,7 +1,7 @@
 """Where invocations and objects go: real AWS, or the embedded one.
 
-May import: config, errors, the ground; late, since they are slow to import: invoke, local_shared,
-boto3.  The engine does not know which of the two it talks to.
+May import: credentials, config, errors, the ground; late, since they are slow to import: invoke,
+local_shared, boto3.  The engine does not know which of the two it talks to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dask_lambda.config import DEFAULT_CONCURRENCY, Settings
-from dask_lambda.errors import AccessDeniedError, ConfigurationError
+from dask_lambda.credentials import Credentials
+from dask_lambda.errors import ConfigurationError
 from lambda_worker.store import open_bucket
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class AWSBackend:
     window: int
     is_alive: Callable[[], bool]
     check: Callable[[], None]
+    refresh: Callable[[], None]  #: look for credentials anew, since these have expired
 
 
 def open_backend(settings: Settings) -> AWSBackend:
@@ -56,7 +58,7 @@ def open_backend(settings: Settings) -> AWSBackend:
 
 
 def _local(settings: Settings) -> AWSBackend:
-    from botocore.credentials import Credentials
+    from botocore.credentials import Credentials as BotocoreCredentials
 
     from dask_lambda.invoke import LambdaInvoker
     from dask_lambda.local_shared import local_aws
@@ -71,7 +73,7 @@ def _local(settings: Settings) -> AWSBackend:
     invoker = LambdaInvoker(
         aws.function,
         aws.region,
-        Credentials(aws.access_key_id, aws.secret_access_key),
+        BotocoreCredentials(aws.access_key_id, aws.secret_access_key),
         aws.endpoint_url,
         settings.timeout,
     )
@@ -93,6 +95,7 @@ def _local(settings: Settings) -> AWSBackend:
         window,
         is_alive=aws.is_alive,
         check=partial(aws.check, wait=CHECK_SECONDS),
+        refresh=lambda: None,
     )
 
 
@@ -134,7 +137,6 @@ def _affordable(window: int) -> int:
 def _aws(settings: Settings) -> AWSBackend:
     import boto3
     from botocore.exceptions import BotoCoreError
-    from obstore.auth.boto3 import Boto3CredentialProvider
 
     from dask_lambda.invoke import LambdaInvoker
 
@@ -142,17 +144,12 @@ def _aws(settings: Settings) -> AWSBackend:
     assert settings.bucket is not None
     try:
         session = boto3.Session(region_name=settings.region)
-        credentials = session.get_credentials()
+        credentials = Credentials(lambda: boto3.Session().get_credentials())
     except BotoCoreError as error:  # a profile that does not exist, a broken file
         raise ConfigurationError(f"the AWS configuration cannot be used: {error}") from error
     if session.region_name is None:
         raise ConfigurationError(
             "no AWS region is configured: set dask-lambda.region or AWS_REGION"
-        )
-    if credentials is None:
-        raise AccessDeniedError(
-            "no AWS credentials were found: log in, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY (or set dask-lambda.backend to 'local' to use none)"
         )
     try:
         config = session.client("lambda", endpoint_url=settings.endpoint_url).meta
@@ -176,7 +173,7 @@ def _aws(settings: Settings) -> AWSBackend:
         settings.bucket,
         endpoint_url=settings.endpoint_url,
         region=session.region_name,
-        credential_provider=Boto3CredentialProvider(session),
+        credential_provider=credentials,
     )
     window = _affordable(settings.concurrency or DEFAULT_CONCURRENCY)
     return AWSBackend(
@@ -187,4 +184,5 @@ def _aws(settings: Settings) -> AWSBackend:
         window,
         is_alive=lambda: True,
         check=lambda: None,
+        refresh=credentials.refresh,
     )

@@ -50,12 +50,12 @@ from dask_lambda.events import (
     Wake,
 )
 from dask_lambda.graph import short
-from dask_lambda.objects import Objects
+from dask_lambda.objects import Objects, told_outputs
 from dask_lambda.plan import Group, Plan
-from dask_lambda.run import Learn, Result, Run, RunFailed, RunSucceeded, Sealed
+from dask_lambda.run import Learn, Result, Run, RunFailed, RunSucceeded, Sealed, fetch_sealed
 from dask_lambda.splitting import split
 from dask_lambda.state import State
-from lambda_worker import codec, protocol
+from lambda_worker import protocol
 from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
@@ -72,6 +72,8 @@ FETCHES = 32
 MAX_HELD_BYTES = 256 * 2**20
 #: How long closing waits for invocations in flight, whose outputs are then deleted.
 CLOSE_SECONDS = 0.5
+#: How often a result is asked for while S3 or the credentials fail.
+RENEW_SECONDS, MAX_RENEW_SECONDS = 0.25, 10.0
 #: How long obstore's threads get at the end of the interpreter, to hand over what is done.
 REST_SECONDS = 0.05
 
@@ -95,6 +97,9 @@ class Backend(Protocol):
 
     def check(self) -> None:
         """Raise an error that says why it cannot be reached any more, if that is known."""
+
+    def refresh(self) -> None:
+        """Look for credentials anew, since AWS says that these have expired."""
 
 
 _process: int | None = None  # the one in which obstore's threads are
@@ -137,7 +142,7 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._fetching = asyncio.Semaphore(FETCHES)
         self._store = Store(backend.bucket)
-        self._objects = Objects(self._store, self._spawn, self.load)
+        self._objects = Objects(self._store, self._spawn, self.load, backend.refresh)
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="dask-lambda", daemon=True)
@@ -243,8 +248,8 @@ class Engine:
         """Load a stored result, in any other thread than the engine's."""
         claim_process()
         secret = self._objects.secret_of(reference)
-        work = self._store.get_async(reference.name, reference.size)
-        return codec.loads(self._call(work).result(), secret, reference.name)
+        sealed: Sealed = self._call(fetch_sealed(self._store, reference, secret)).result()
+        return sealed.load()
 
     def forget(self, name: str) -> None:
         """Delete a stored result that nobody refers to any more."""
@@ -360,8 +365,8 @@ class Engine:
                     self._spawn(self._invoke(run, instruction))
                 case Accept(name, group, result):
                     self._accept(self._runs[name], group, result)
-                case Discard(name, group, result):
-                    self._objects.discard_outputs(self._runs[name], group, result.values)
+                case Discard(name, _, result):
+                    self._objects.discard_outputs(self._runs[name], result.told)
                 case Stalled(name, failure, since, patience):
                     logger.warning(
                         "the run has not got on for %.0f s: %s. It is tried again for up to %.0f s",
@@ -402,14 +407,18 @@ class Engine:
         except StoreError as error:
             outcomes = failures.from_store_error(error)
         except errors.DaskLambdaError as error:
+            if isinstance(error, errors.IntegrityError):  # of a reply, which is not believed
+                run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
             outcomes = Failure(FailureKind.FATAL, error)
         except Exception as error:  # a bug of ours must end the run, not hang it
             logger.exception("dispatching task %s failed", short(groups[0].outputs[0]))
             outcomes = Failure(FailureKind.FATAL, error)
+        if isinstance(outcomes, Failure) and outcomes.kind is FailureKind.EXPIRED:
+            await asyncio.to_thread(self.backend.refresh)
         as_a_whole = isinstance(outcomes, Failure)
         if isinstance(outcomes, Failure):
             outcomes = [outcomes] * len(groups)
-        usd, run.spent = run.spent, run.counts.usd(run.store.counts, self.prices)
+        usd, run.spent = run.spent, run.unbilled + run.counts.usd(run.store.counts, self.prices)
         self._handle(
             InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole, run.spent - usd)
         )
@@ -424,7 +433,12 @@ class Engine:
         payload = await run.encoder.payload(groups, run.values, inline)
         if run.over:  # cancelled or failed meanwhile: do not spend money
             return Failure(FailureKind.FATAL)
-        reply: Reply = await invoker.invoke(payload)
+        sent = time.monotonic()
+        with run.encoder.lease.held():
+            reply: Reply = await invoker.invoke(payload)
+        if reply.ran and reply.content is None and reply.billed_ms is None:  # nobody says how long
+            gb_seconds = (time.monotonic() - sent) * (invoker.memory_mb or MAX_MEMORY) / 1024
+            run.unbilled += gb_seconds * self.prices.lambda_gb_second
         self._count(run, instruction, reply, invoker.memory_mb)
         content = reply.content
         if content is None or "refused" in content:
@@ -446,10 +460,11 @@ class Engine:
             run.uncertain.update(record.get("left", ()))
             if "error" in record:  # perhaps after one of its outputs was written
                 run.uncertain.update(map(run.object_name, group.outputs))
-                outcomes.append(failures.from_record(record["error"]))
+                leased = run.encoder.lease.there
+                outcomes.append(failures.from_record(record["error"], leased=leased))
             else:
                 run.counts.compute_seconds += record["seconds"]
-                outcomes.append(Done(seconds, await self._result(run, record)))
+                outcomes.append(Done(seconds, await self._result(run, group, record)))
         return outcomes
 
     def _too_large(self, run: Run, group: Group, memory_mb: int | None) -> Failure | None:
@@ -476,27 +491,30 @@ class Engine:
         elif reply.billed_ms is not None:
             counts.add_billed(reply.billed_ms, memory_mb or 0)
 
-    async def _result(self, run: Run, record: dict[str, Any]) -> Result:
+    async def _result(self, run: Run, group: Group, record: dict[str, Any]) -> Result:
         """Read what a worker says of a group that is done."""
-        values = [Value.from_json(each) for each in record["outputs"]]
+        told = told_outputs(run, group, record["outputs"])
         sealed = None
         if run.watch_values and not run.over:
-            value = values[0]
-            data = value.data
-            if data is None:
-                data = await run.store.get_async(value.name, value.size)
-            sealed = Sealed(data, run.secret, value.name)
-        return Result(values, record.get("tasks", {}), sealed)
+            value = told[0][1]
+            if value.data is None:
+                sealed = await fetch_sealed(run.store, value, run.secret)
+            else:
+                sealed = Sealed(value.data, run.secret, value.name)
+        return Result(told, record.get("tasks", {}), sealed)
 
     def _accept(self, run: Run, group: Group, result: Result) -> None:
         """Note where a group's outputs are, and fetch those that the caller wants."""
         run.counts.tasks += len(group.tasks)
         if run.learn is not None:
             run.learn(group, result.measured)
-        for key, value in zip(group.outputs, result.values, strict=True):
+        for key, value in result.told:
             value.shared = key in run.shared
             run.values[key] = value
             data = value.data
+            if data is None and run.encoder.is_entangled(group):
+                # Should it have been delivered twice, only a list tells what the other one wrote.
+                run.lost.add(protocol.output_of(value.name))
             if data is not None:
                 run.inline[key] = value.size
                 run.held += value.size
@@ -527,16 +545,35 @@ class Engine:
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
-            data = await run.store.get_async(value.name, value.size)
-        run.results[key] = Sealed(data, run.secret, value.name)
+            work = partial(fetch_sealed, run.store, value, run.secret)
+            run.results[key] = await self._patiently(run, work)
 
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a result that another run has stored."""
         reference = run.graph.stored[key]
         secret = self._objects.secret_of(reference)
         async with self._fetching:
-            data = await run.store.get_async(reference.name, reference.size)
-        run.results[key] = Sealed(data, secret, reference.name)
+            work = partial(fetch_sealed, run.store, reference, secret)
+            run.results[key] = await self._patiently(run, work)
+
+    async def _patiently(self, run: Run, work: Callable[[], Coroutine[Any, Any, Sealed]]) -> Sealed:
+        """Do something with S3, again and again for as long as a run is patient.
+
+        Each request was tried for a while already; but all has been computed, and would be lost.
+        """
+        deadline = self._loop.time() + run.patience
+        delay = RENEW_SECONDS
+        while True:
+            try:
+                return await work()
+            except StoreError as error:
+                passing = error.kind in ("expired", "transient")
+                if not passing or self._loop.time() + delay > deadline:
+                    raise
+                if error.kind == "expired":
+                    await asyncio.to_thread(self.backend.refresh)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MAX_RENEW_SECONDS)
 
     async def _finish(self, run: Run, failure: Failure | None, group: Group | None) -> None:
         """Tell the caller the outcome, when nothing of the run is left in the bucket."""

@@ -1,6 +1,6 @@
 """From groups to the payload of an invocation.
 
-May import: pickling, graph, plan, errors, the ground.
+May import: pickling, lease, entangled, graph, plan, errors, the ground.
 
 Lambda takes 6 MB in one synchronous request, so everything is measured before it is sent.  What
 does not fit goes through S3, once: large buffers inside a task (chunks of ``from_array``) and
@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 from dask._task_spec import Alias, GraphNode
 
+from dask_lambda.entangled import entangled
 from dask_lambda.errors import PayloadTooLargeError, UnserializableError
 from dask_lambda.graph import Graph, short
+from dask_lambda.lease import Lease
 from dask_lambda.pickling import FunctionCache
 from dask_lambda.plan import Group
 from lambda_worker import codec, protocol
@@ -35,7 +37,7 @@ MAX_SPILLS = 4
 MAX_LIST_BYTES = 64 * 2**20
 #: Uploads at the same time; each holds a sealed copy of what it uploads.
 UPLOADS = 16
-#: Hashing and sealing more than this is left to another thread.
+#: Hashing, sealing and verifying more than this is left to another thread.
 MIN_THREAD_BYTES = 1024 * 1024
 
 K = TypeVar("K")
@@ -62,6 +64,8 @@ class Encoder:
     ----------
     written : set of str
         Objects that the encoder has put into S3 and nobody has deleted.
+    lease : Lease
+        Of the run: each payload says whether it was written.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Encoder:
         compression: protocol.Compression = "none",
     ):
         self.written: set[str] = set()
+        self.lease = Lease(store, protocol.object_name(prefix, run, "lease"), secret)
         self.secret_of = secret_of
         self._graph = graph
         self._store = store
@@ -86,8 +91,10 @@ class Encoder:
         self._secret = secret
         self._compression = compression
         self._functions = FunctionCache()
+        self._entangled: dict[tuple[Key, ...], bool] = {}  # by the outputs of a group
         self._uploading = asyncio.Semaphore(UPLOADS)
         self._uploads: dict[str, asyncio.Task[int]] = {}
+        self._spills: dict[str, asyncio.Task[tuple[str, int]]] = {}
         self._literals: dict[Key, asyncio.Task[Value]] = {}
         self._frames: dict[tuple[int, int], tuple[Any, str]] = {}  # buffer -> itself, name
 
@@ -106,7 +113,16 @@ class Encoder:
 
     async def settle(self) -> None:
         """Wait until no upload is on its way any more, however it ends."""
-        await asyncio.gather(*self._uploads.values(), return_exceptions=True)
+        uploads = (*self._uploads.values(), *self._spills.values())
+        await asyncio.gather(*uploads, return_exceptions=True)
+
+    def is_entangled(self, group: Group) -> bool:
+        """Whether the outputs of a group must be of one attempt."""
+        if len(group.outputs) < 2:
+            return False
+        if group.outputs not in self._entangled:
+            self._entangled[group.outputs] = entangled(self._graph, group)
+        return self._entangled[group.outputs]
 
     async def payload(
         self, groups: Sequence[Group], values: dict[Key, Value], inline_bytes: int
@@ -137,12 +153,20 @@ class Encoder:
         inline = [v for r in requests for v in (r.body, *r.inputs) if v.data is not None]
         await self._make_room(inline)
         request = Request(
-            self._run, secrets, self._bucket, inline_bytes, requests, self._compression
+            self._run,
+            secrets,
+            self._bucket,
+            inline_bytes,
+            requests,
+            self._compression,
+            self.lease.name,
+            self.lease.there,
         )
         payload = _json(request.to_json())
         if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs
-            name = self.object_name("groups-" + protocol.key_label(groups[0].outputs[0]))
             listing = _json([r.to_json() for r in requests])
+            digest = hashlib.blake2b(listing, digest_size=16).hexdigest()
+            name = self.object_name("groups-" + digest)
             sealed = codec.dumps(listing, self._secret, name)
             request.groups = Value(name, await self._upload(name, lambda: sealed))
             payload = _json(request.to_json())
@@ -154,11 +178,21 @@ class Encoder:
         return payload
 
     async def spill(self, value: Value) -> None:
-        """Move an inline value to S3."""
-        data = value.data
-        if data is not None:
-            value.size = await self._upload(value.name, lambda: data)
+        """Move an inline value to S3, under a name at which nobody else writes.
+
+        Under its own there may be what a lost attempt has committed, which is another value.
+        """
+        if value.data is not None:
+            name = value.name
+            value.name, value.size = await _once(self._spills, name, lambda: self._spill(value))
             value.data = None
+
+    async def _spill(self, value: Value) -> tuple[str, int]:
+        assert value.data is not None
+        name = protocol.attempt_name(protocol.output_of(value.name))
+        sealed = bytearray(value.data)
+        codec.sign(sealed, self._secret, name)
+        return name, await self._upload(name, lambda: sealed)
 
     # -- one group -------------------------------------------------------------------------------
 
@@ -217,7 +251,13 @@ class Encoder:
         outputs = [self.object_name(label) for label in labels]
         name = self.object_name("body-" + labels[0])
         sealed = codec.seal(frames, self._secret, name)
-        return GroupRequest(Value(name, len(sealed), sealed), inputs, outputs, uploads[::-1])
+        return GroupRequest(
+            Value(name, len(sealed), sealed),
+            inputs,
+            outputs,
+            uploads[::-1],
+            self.is_entangled(group),
+        )
 
     async def _outside(self, key: Key, inline_bytes: int, secrets: dict[str, bytes]) -> Value:
         """Describe an input that no group makes."""

@@ -31,6 +31,7 @@ __all__ = [
     "OutOfMemoryError",
     "PayloadTooLargeError",
     "RemoteError",
+    "RunDeletedError",
     "ThrottledError",
     "UnserializableError",
     "VersionMismatchError",
@@ -99,6 +100,10 @@ class ThrottledError(InvocationError):
 
 class LostDataError(InvocationError):
     """The object that holds an intermediate result is gone from the bucket."""
+
+
+class RunDeletedError(InvocationError):
+    """The objects of a run were deleted while it ran, and workers therefore stopped."""
 
 
 class VersionMismatchError(InvocationError):

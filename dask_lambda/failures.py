@@ -76,6 +76,10 @@ def from_response(status: int, body: bytes, function: str, region: str) -> Failu
     """
     text, reason, name = _service_error(body)
     said = f"AWS said: {name or status}: {text}" if text else f"AWS said: {name or status}"
+    if status in (400, 401, 403) and _EXPIRED.search(f"{name} {text}"):
+        return _expired(
+            f"lambda:InvokeFunction on function {function!r} in {region} was refused. {said}"
+        )
     match status:
         case 429:
             return Failure(
@@ -130,6 +134,34 @@ def from_network(error: Exception) -> Failure:
             "Check the network connection, and dask-lambda.endpoint-url if it is set.",
         ),
     )
+
+
+#: In the words of Lambda's API ("Common errors", AWS Lambda API reference) and of S3's.
+_EXPIRED = re.compile(
+    "ExpiredToken|UnrecognizedClient|security token included in the request is (expired|invalid)"
+    "|[Ss]ignature expired|[Ss]ignature not yet current|RequestTimeTooSkewed",
+)
+_CLOCK = re.compile("[Ss]ignature expired|[Ss]ignature not yet current|RequestTimeTooSkewed")
+
+
+def from_credentials(error: Exception) -> Failure:
+    """Build the failure of a request that could not be signed: botocore has no credentials."""
+    return _expired(f"botocore could not renew them. {type(error).__name__}: {error}")
+
+
+def _expired(what: str) -> Failure:
+    """Build the failure of credentials that were right once, and may be again."""
+    if _CLOCK.search(what):
+        message = f"the clock of this machine is wrong, or a request took minutes: {what}"
+        advice = "Set the clock: AWS refuses what was signed more than some minutes ago or ahead."
+    else:
+        message = f"the AWS credentials have expired, or were replaced: {what}"
+        advice = (
+            "Log in again ('aws sso login', or as you do), or write new credentials where the old "
+            "ones are; a run that goes on meanwhile picks them up, unless they are in environment "
+            "variables. A run with resume='...' can be resumed."
+        )
+    return Failure(FailureKind.EXPIRED, Detail(errors.AccessDeniedError, message, advice))
 
 
 def _service_error(body: bytes) -> tuple[str, str, str]:
@@ -297,8 +329,15 @@ def from_refusal(worker: dict[str, Any]) -> Failure:
     )
 
 
-def from_record(record: dict[str, Any]) -> Failure:
-    """Classify the "error" of one group in a reply."""
+def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
+    """Classify the "error" of one group in a reply.
+
+    Parameters
+    ----------
+    record : dict
+    leased : bool
+        Whether the run's lease was written: else a worker that misses it is right to stop.
+    """
     kind, message = record["kind"], record["message"]
     key = record.get("key", "")
     match kind:
@@ -326,12 +365,37 @@ def from_record(record: dict[str, Any]) -> Failure:
         case "unserializable":
             return Failure(FailureKind.TASK, Detail(errors.UnserializableError, message, key=key))
         case "integrity":
-            return Failure(FailureKind.FATAL, Detail(errors.IntegrityError, message))
+            return Failure(
+                FailureKind.FATAL,
+                Detail(errors.IntegrityError, f"the worker refused what it read: {message}"),
+            )
+        case "cancelled" if not leased:
+            return Failure(
+                FailureKind.TRANSIENT,
+                Detail(
+                    errors.InvocationError,
+                    f"a worker stopped, since the client was late to tell it to go on: {message}",
+                    "Is the client's network or S3 very slow?",
+                ),
+            )
+        case "cancelled":
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.RunDeletedError,
+                    f"a worker stopped although the run goes on: {message}",
+                    "Were the run's objects deleted, with 'dask-lambda clean' in another process, "
+                    "by a lifecycle rule or by hand? Compute again; clean only what is older than "
+                    "the longest run.",
+                ),
+            )
     return _store_failure(kind.removeprefix("store-"), f"on the worker: {message}")
 
 
 def from_store_error(error: StoreError) -> Failure:
     """Classify a failure of S3 on the client."""
+    if error.kind == "expired":
+        return _expired(str(error))
     return _store_failure(error.kind, str(error))
 
 
@@ -365,6 +429,7 @@ def _store_failure(kind: str, message: str) -> Failure:
                     "Set dask-lambda.bucket to a bucket in the function's region.",
                 ),
             )
+    # The role of an environment that was kept too long, which another one is not ("expired"), too.
     return Failure(FailureKind.TRANSIENT, Detail(errors.InvocationError, f"S3 failed: {message}"))
 
 

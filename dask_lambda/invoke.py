@@ -18,6 +18,7 @@ from urllib.parse import quote
 import aiohttp
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
+from botocore.exceptions import BotoCoreError
 from yarl import URL
 
 from dask_lambda import failures
@@ -67,8 +68,9 @@ class LambdaInvoker:
     function : str
         Name or ARN.
     region : str
-    credentials : botocore.credentials.Credentials
-        Refreshed by botocore as needed; read for each request.
+    credentials : object
+        With ``get_frozen_credentials``, which is called for each request, as botocore's; or
+        :class:`dask_lambda.credentials.Credentials`.
     endpoint_url : str, optional
         Default: the region's own.
     timeout : float
@@ -126,6 +128,8 @@ class LambdaInvoker:
             status, _, body = await self._post(b"{}", {"X-Amz-Invocation-Type": "DryRun"})
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return failures.from_network(error)
+        except BotoCoreError as error:
+            return failures.from_credentials(error)
         if status // 100 == 2:
             return None
         return failures.from_response(status, body, self.function, self.region)
@@ -138,6 +142,8 @@ class LambdaInvoker:
             return Reply(None, failures.from_network(error), ran=False, answered=False)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return Reply(None, failures.from_network(error), answered=False)
+        except BotoCoreError as error:  # nothing to sign with: botocore could not renew it
+            return Reply(None, failures.from_credentials(error), ran=False)
         if status // 100 != 2:
             failure = failures.from_response(status, body, self.function, self.region)
             return Reply(None, failure, ran=status >= 500)

@@ -1,6 +1,6 @@
 """The objects of runs in the bucket: what stays, and the deletion of all else.
 
-May import: run, encode, plan, errors, the ground.  To be used in the engine's thread.
+May import: run, encode, plan, graph, errors, the ground.  To be used in the engine's thread.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from dask_lambda import errors
 from dask_lambda.encode import all_of
+from dask_lambda.graph import short
 from dask_lambda.plan import Group
 from dask_lambda.run import Run
 from lambda_worker import protocol
@@ -24,6 +25,43 @@ logger = logging.getLogger("dask_lambda")
 #: Deletes are collected for so many seconds, or until there are so many.
 DELETE_DELAY = 0.25
 DELETE_BATCH = 1000
+#: Until obstore asks for the credentials that were found.
+RENEW_SECONDS = 0.2
+
+
+def told_outputs(run: Run, group: Group, records: Any) -> list[tuple[Key, Value]]:
+    """Read from a reply where the outputs of a group are.
+
+    Raises
+    ------
+    IntegrityError
+        If it names anything but this group's outputs.
+    """
+    values = [Value.from_json(record) for record in records]
+    if len(values) != len(group.outputs):
+        raise errors.IntegrityError(
+            f"a reply tells of {len(values)} outputs of a group that has {len(group.outputs)}; "
+            "it was not used"
+        )
+    for key, value in zip(group.outputs, values, strict=True):
+        name = run.object_name(key)
+        if value.name != name and not _is_attempt(value.name, name):
+            raise errors.IntegrityError(
+                f"a reply says that the output {short(key)} of run {run.name} is the object "
+                f"{value.name[:500]!r}, which is no version of {name!r}; it was not read"
+            )
+    attempts = {value.name.rpartition("~/")[2] for value in values}
+    if len(attempts) > 1 and run.encoder.is_entangled(group):
+        raise errors.IntegrityError(
+            f"a reply mixes outputs of several attempts at task {short(group.outputs[-1])} of run "
+            f"{run.name}; they were not used"
+        )
+    return list(zip(group.outputs, values, strict=True))
+
+
+def _is_attempt(name: str, output: str) -> bool:
+    folder, _, attempt = name.rpartition("/")
+    return folder == protocol.attempts_folder(output) and bool(attempt)
 
 
 class Objects:
@@ -37,6 +75,8 @@ class Objects:
         Starts a coroutine in the background.
     load : callable
         Loads a reference, for whoever unpickles one in this process.
+    refresh : callable
+        Looks for credentials anew.
     """
 
     def __init__(
@@ -44,10 +84,12 @@ class Objects:
         store: Store,
         spawn: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
         load: Callable[[Reference], Any],
+        refresh: Callable[[], None],
     ):
         self.store = store
         self._spawn = spawn
         self._load = load
+        self._refresh = refresh
         self._kept: dict[str, tuple[bytes, set[str]]] = {}  # run -> secret, object names
         self._deletes: set[asyncio.Task[Any]] = set()  # of stored results
 
@@ -59,20 +101,29 @@ class Objects:
             run.held -= run.inline.pop(key, 0)
             if value.data is None:
                 run.encoder.written.discard(value.name)
-                names.append(value.name)
+                names += protocol.objects_of(value.name)
         self.discard(run, names)
 
-    def discard_outputs(self, run: Run, group: Group, values: Iterable[Value]) -> None:
-        """Delete what an attempt at a group has written that came too late.
+    def discard_outputs(self, run: Run, outputs: Iterable[tuple[Key, Value]]) -> None:
+        """Delete what an invocation has written that nobody reads.
 
-        Of two attempts that wrote the same object there is only one: it stays while it is needed.
+        For the outputs of a group of an ended run, and for those of a group that is done already:
+        then another attempt was first, and what is read in its stead stays.
+
+        Parameters
+        ----------
+        run : Run
+        outputs : iterable of (key, Value)
+            What the reply told (:func:`told_outputs`).
         """
         names = []
-        for key, value in zip(group.outputs, values, strict=True):
-            accepted = run.values.get(key)
-            in_use = accepted is not None and accepted.data is None and accepted.name == value.name
-            if value.data is None and not in_use:
-                names.append(value.name)
+        for key, value in outputs:
+            if value.data is None:
+                needed = run.values.get(key) or run.kept.get(key)
+                read = [] if needed is None or needed.data is not None else [needed.name]
+                if value.name in read:  # the very same: the pointer to it is needed no less
+                    continue
+                names += [name for name in protocol.objects_of(value.name) if name not in read]
         self.discard(run, names)
 
     def discard(self, run: Run, names: Iterable[str]) -> None:
@@ -95,7 +146,11 @@ class Objects:
             await self.delete(run.store, names)
 
     async def sweep(self, run: Run) -> None:
-        """Delete every object of an ended run that is known or, in the end, possible."""
+        """Delete every object of an ended run that is known or, in the end, possible.
+
+        First of all the lease, so that workers stop and write no more.
+        """
+        await run.encoder.lease.end()
         self.release(run, list(run.values))
         if run.drained.is_set():  # nothing new is uploaded
             await run.encoder.settle()
@@ -109,19 +164,22 @@ class Objects:
     async def _find_lost(self, run: Run) -> set[str]:
         """Find what invocations have written that were lost before they could say so.
 
-        A large output is an object of which only its pointer, if it was written, has the name.
+        An attempt's own version of an output has a name that only a reply or a pointer tells.
         """
         folders = {protocol.attempts_folder(name) for name in run.lost}
         if len(folders) > len(protocol.shards()):
             folders = {run.encoder.folder(shard) for shard in protocol.shards()}
         found = set(run.lost)
         try:
-            for folder in folders:
-                found.update([name async for name in run.store.list_async(folder)])
+            for names in await asyncio.gather(*(self._list(run, each) for each in folders)):
+                found.update(names)
         except StoreError as error:
             logger.warning("what lost invocations have left behind is not known: %s", error)
         kept = {name for v in run.kept.values() for name in protocol.objects_of(v.name)}
         return found - kept
+
+    async def _list(self, run: Run, folder: str) -> list[str]:
+        return [name async for name in run.store.list_async(folder)]
 
     async def keep(self, run: Run) -> None:
         """Leave the results of a run in S3 and remember how to load and delete them."""
@@ -165,20 +223,32 @@ class Objects:
         if not kept[1]:
             del self._kept[run]
             protocol.resolvers.pop(run, None)
-        task = self._spawn(self.delete(self.store, [name]))
+        task = self._spawn(self.delete(self.store, protocol.objects_of(name)))
         self._deletes.add(task)
         task.add_done_callback(self._deletes.discard)
 
     async def delete(self, store: Store, names: list[str]) -> None:
         """Delete objects now; if that fails, it is logged."""
         try:
-            await store.delete_async(names)
+            try:
+                await store.delete_async(names)
+            except StoreError as error:
+                if error.kind != "expired":
+                    raise
+                await asyncio.to_thread(self._refresh)
+                await asyncio.sleep(RENEW_SECONDS)
+                await store.delete_async(names)
         except StoreError as error:
             logger.warning("%d objects are left behind: %s", len(names), error)
 
     async def close(self) -> None:
         """Delete all results that stay."""
-        names = [name for _, kept in self._kept.values() for name in kept]
+        names = [
+            each
+            for _, kept in self._kept.values()
+            for name in kept
+            for each in protocol.objects_of(name)
+        ]
         for run in self._kept:
             protocol.resolvers.pop(run, None)
         self._kept.clear()

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from dask_lambda.encode import Encoder
+from dask_lambda.encode import MIN_THREAD_BYTES, Encoder
 from dask_lambda.events import PATIENCE
 from dask_lambda.graph import Graph
 from dask_lambda.plan import Group, Plan
 from dask_lambda.report import RunCounts
 from lambda_worker import codec, protocol
-from lambda_worker.protocol import Key, Value
+from lambda_worker.errors import IntegrityError
+from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
 
 
@@ -30,6 +31,36 @@ class Sealed(NamedTuple):
     data: Any
     secret: bytes
     name: str
+    verified: bool = False
+
+    def load(self) -> Any:
+        """Verify, if that was not done, and unpickle."""
+        if not self.verified:
+            codec.verify(self.data, self.secret, self.name)
+        return codec.deserialize(codec.frames_of(self.data, self.name))
+
+
+async def fetch_sealed(store: Store, value: Value | Reference, secret: bytes) -> Sealed:
+    """Fetch an object and verify it; what was damaged on the way is fetched once more.
+
+    Raises
+    ------
+    IntegrityError
+        If it is not what was written under this name.
+    """
+    try:
+        return await _fetch(store, value, secret)
+    except IntegrityError:
+        return await _fetch(store, value, secret)
+
+
+async def _fetch(store: Store, value: Value | Reference, secret: bytes) -> Sealed:
+    data = await store.get_async(value.name, value.size)
+    if value.size < MIN_THREAD_BYTES:
+        codec.verify(data, secret, value.name)
+    else:
+        await asyncio.to_thread(codec.verify, data, secret, value.name)
+    return Sealed(data, secret, value.name, verified=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +93,7 @@ class RunFailed:
 class Result(NamedTuple):
     """What a worker says of a group that is done."""
 
-    values: list[Value]  #: where its outputs are
+    told: list[tuple[Key, Value]]  #: where its outputs are
     measured: Mapping[str, Sequence[float]]  #: see :data:`Learn`
     sealed: Sealed | None = None  #: the value of its one task, if the caller asked for values
 
@@ -107,6 +138,7 @@ class Run:
     max_seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
     spent: float = 0.0  # US dollars that the state machine knows of
+    unbilled: float = 0.0  # of them: for invocations of whose end nothing was heard
     counts: RunCounts = field(default_factory=RunCounts)
     events: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     results: dict[Key, Sealed] = field(default_factory=dict)
@@ -164,4 +196,4 @@ class Run:
 
     def load(self, key: Key) -> Any:
         """Decode a result, giving up its sealed bytes."""
-        return codec.loads(*self.results.pop(key))
+        return self.results.pop(key).load()

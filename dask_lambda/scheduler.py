@@ -35,7 +35,6 @@ from dask_lambda.history import History
 from dask_lambda.plan import Group, Plan, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
-from lambda_worker import codec
 from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts
 
@@ -317,7 +316,7 @@ class LambdaScheduler:
                 case TaskFinished(key, sealed):
                     value = None
                     if sealed is not None and callbacks.wants_values:
-                        value = codec.loads(*sealed)
+                        value = sealed.load()
                     callbacks.task_finished(key, value)
                 case RunSucceeded():
                     return

@@ -55,5 +55,12 @@ class Cache:
                 self.size -= len(dropped)
             return True
 
+    def drop(self, name: str) -> None:
+        """Keep the bytes of an object no longer."""
+        with self._lock:
+            data = self._entries.pop(name, None)
+            if data is not None:
+                self.size -= len(data)
+
     def __len__(self) -> int:
         return len(self._entries)

@@ -32,7 +32,7 @@ from typing import Any
 import cloudpickle
 
 from lambda_worker.errors import IntegrityError, UnserializableError
-from lambda_worker.protocol import Compression
+from lambda_worker.protocol import Compression, run_of
 
 Buffer = bytes | bytearray | memoryview
 
@@ -155,12 +155,21 @@ def verify(sealed: Any, secret: bytes, name: str) -> None:
     """
     data = memoryview(sealed).cast("B")
     if data.nbytes < TAG_BYTES + _HEADER.size:
-        raise IntegrityError(f"object {name!r} is truncated: {data.nbytes} bytes")
+        raise damaged(name, f"is truncated: {data.nbytes} bytes")
     if not hmac.compare_digest(data[:TAG_BYTES], _tag(data[TAG_BYTES:], secret, name)):
-        raise IntegrityError(
-            f"object {name!r} ({data.nbytes} bytes) does not carry the tag of this run: it was "
-            "truncated, changed, or written by somebody else; it was not loaded"
+        raise damaged(
+            name,
+            f"({data.nbytes} bytes) does not carry the tag of this run: it was truncated, "
+            "changed, or written by somebody else",
         )
+
+
+def damaged(name: str, what: str) -> IntegrityError:
+    """Return the error for an object that is not what the run has written under its name."""
+    return IntegrityError(
+        f"object {name!r} of run {run_of(name)!r} {what}; it was not unpickled. Compute again; if "
+        "this happens again, find out who else writes to the bucket"
+    )
 
 
 def frames_of(sealed: Any, name: str) -> list[memoryview]:
@@ -172,20 +181,23 @@ def frames_of(sealed: Any, name: str) -> list[memoryview]:
         If it is writable (a bytearray) the frames are views of it; if it is not, frames that
         were writable at the sender are copied once, so that a task may change the arrays it is
         given, as with Dask's other schedulers.
+
+    Raises
+    ------
+    IntegrityError
+        If there is no sense in the layout.
     """
     data = memoryview(sealed).cast("B")
-    magic, count = _HEADER.unpack_from(data, TAG_BYTES)
-    if magic != MAGIC:
-        raise IntegrityError(f"object {name!r} has another format: {magic!r}, not {MAGIC!r}")
-    offset = TAG_BYTES + _HEADER.size
-    lengths = struct.unpack_from(f"<{count}Q", data, offset)
-    offset += 8 * count
+    lengths = _lengths(data, name)
+    offset = TAG_BYTES + _HEADER.size + 8 * len(lengths)
     frames = []
     for length in lengths:
         writable, compressed = length & _WRITABLE, length & _COMPRESSED
         length &= ~(_WRITABLE | _COMPRESSED)
         offset = _aligned(offset)
         frame = data[offset : offset + length]
+        if frame.nbytes < length:
+            raise damaged(name, "is shorter than its frames")
         if compressed:
             frame = _decompressed(frame, name)
         if not writable:
@@ -199,11 +211,22 @@ def frames_of(sealed: Any, name: str) -> list[memoryview]:
     return frames
 
 
-def is_compressed(sealed: Any) -> bool:
+def is_compressed(sealed: Any, name: str) -> bool:
     """Whether :func:`frames_of` would make more of a verified object than there is."""
-    count = _HEADER.unpack_from(sealed, TAG_BYTES)[1]
-    lengths = struct.unpack_from(f"<{count}Q", sealed, TAG_BYTES + _HEADER.size)
-    return any(length & _COMPRESSED for length in lengths)
+    return any(length & _COMPRESSED for length in _lengths(memoryview(sealed).cast("B"), name))
+
+
+def _lengths(data: memoryview, name: str) -> Sequence[int]:
+    """Return the lengths of the frames, with their flags."""
+    start = TAG_BYTES + _HEADER.size
+    if data.nbytes < start:
+        raise damaged(name, f"is truncated: {data.nbytes} bytes")
+    magic, count = _HEADER.unpack_from(data, TAG_BYTES)
+    if magic != MAGIC:
+        raise damaged(name, f"has another format: {magic!r}, not {MAGIC!r}")
+    if not 0 < count <= (data.nbytes - start) // 8:
+        raise damaged(name, f"has no room for {count} frames")
+    return struct.unpack_from(f"<{count}Q", data, start)
 
 
 def unseal(sealed: Any, secret: bytes, name: str) -> list[memoryview]:
@@ -278,8 +301,11 @@ def _compressed(frame: memoryview) -> list[bytes] | None:
 def _decompressed(stored: memoryview, name: str) -> memoryview:
     """Decompress a frame into a buffer of the length that is stored with it, never more."""
     zstandard = _zstandard()
-    (size,) = _LENGTH.unpack_from(stored)
-    buffer = memoryview(allocate(size))
+    size = _LENGTH.unpack_from(stored)[0] if stored.nbytes >= _LENGTH.size else 0
+    try:
+        buffer = memoryview(allocate(size))
+    except (ValueError, OverflowError, OSError) as error:  # nothing, or more than can be
+        raise damaged(name, f"has a compressed frame of {size} bytes") from error
     reader = zstandard.ZstdDecompressor().stream_reader(stored[_LENGTH.size :])
     filled = 0
     try:
@@ -289,5 +315,5 @@ def _decompressed(stored: memoryview, name: str) -> memoryview:
     except zstandard.ZstdError:
         complete = False
     if not complete:
-        raise IntegrityError(f"object {name!r}: a compressed frame is not {size} bytes long")
+        raise damaged(name, f"has a compressed frame that is not {size} bytes long")
     return buffer

@@ -4,6 +4,9 @@ Two attempts at a task may write the same output, one of them perhaps given up l
 must see one value only.  A small output is committed by one conditional PUT.  A large one is
 written under a name of this attempt's own, and committed by a small pointer to it, for which the
 same holds; who comes second deletes what it wrote and tells the name of the first.
+
+That makes each output one value.  Where several outputs of a group must be of one attempt, each
+attempt writes all of them under names of its own, and the client takes the first that it hears of.
 """
 
 from __future__ import annotations
@@ -19,7 +22,14 @@ from lambda_worker.store import Store
 MAX_POINTER_BYTES = 2048
 
 
-def commit(store: Store, name: str, laid_out: bytearray, secret: bytes, left: set[str]) -> Value:
+def commit(
+    store: Store,
+    name: str,
+    laid_out: bytearray,
+    secret: bytes,
+    left: set[str],
+    attempt: str = "",
+) -> Value:
     """Commit an output.
 
     Parameters
@@ -32,6 +42,8 @@ def commit(store: Store, name: str, laid_out: bytearray, secret: bytes, left: se
     secret : bytes
     left : set of str
         While an object is in the bucket, or may be, to which nothing points, its name is in here.
+    attempt : str
+        Of an entangled group: its version of the output stands beside those of others.
 
     Returns
     -------
@@ -39,21 +51,31 @@ def commit(store: Store, name: str, laid_out: bytearray, secret: bytes, left: se
         Where the committed output is: this one, or the one that came first.
     """
     size = len(laid_out)
+    if attempt:
+        own = protocol.attempt_name(name, attempt)
+        codec.sign(laid_out, secret, own)
+        left.add(own)
+        if store.is_large(size):
+            store.put(own, laid_out)
+        else:
+            store.put_new(own, laid_out)
+        left.discard(own)
+        return Value(own, size)
     if not store.is_large(size):
         codec.sign(laid_out, secret, name)
         other = store.put_new(name, laid_out)
         return Value(name, size) if other is None else _first(store, name, other, secret)
-    attempt = protocol.attempt_name(name)
-    codec.sign(laid_out, secret, attempt)
-    left.add(attempt)
-    store.put(attempt, laid_out)
-    pointer = memoryview(json.dumps([attempt, size]).encode())
+    own = protocol.attempt_name(name)
+    codec.sign(laid_out, secret, own)
+    left.add(own)
+    store.put(own, laid_out)
+    pointer = memoryview(json.dumps([own, size]).encode())
     sealed = codec.seal([pointer], secret, protocol.pointer_name(name))
     other = store.put_new(name, sealed)
-    first = Value(attempt, size) if other is None else _first(store, name, other, secret)
-    if first.name != attempt:  # else it is our own pointer, of which S3 was told twice
-        store.delete(attempt)
-    left.discard(attempt)
+    first = Value(own, size) if other is None else _first(store, name, other, secret)
+    if first.name != own:  # else it is our own pointer, of which S3 was told twice
+        store.delete(own)
+    left.discard(own)
     return first
 
 
@@ -65,5 +87,6 @@ def _first(store: Store, name: str, size: int, secret: bytes) -> Value:
             frames = codec.unseal(data, secret, protocol.pointer_name(name))
         except IntegrityError:  # a small value, whose tag is bound to another name
             return Value(name, size)
-        return Value(*json.loads(bytes(frames[0])))
+        target, length = json.loads(bytes(frames[0]))
+        return Value(target, length)
     return Value(name, size)

@@ -33,7 +33,7 @@ class RemoteError(DaskLambdaError):
     """
 
 
-StoreErrorKind = Literal["missing", "denied", "no-bucket", "transient"]
+StoreErrorKind = Literal["missing", "denied", "expired", "no-bucket", "transient"]
 
 
 class StoreError(DaskLambdaError):
@@ -41,8 +41,9 @@ class StoreError(DaskLambdaError):
 
     Parameters
     ----------
-    kind : {"missing", "denied", "no-bucket", "transient"}
-        What to do about it: only "transient" is worth another try.
+    kind : {"missing", "denied", "expired", "no-bucket", "transient"}
+        What to do about it: only "transient" is worth another try, and "expired" with other
+        credentials.
     message : str
         Action, object and S3's own words.
     """

@@ -33,6 +33,10 @@ class TaskError(Exception):
         self.key = key
 
 
+class Cancelled(Exception):
+    """The run has ended, and with it this group."""
+
+
 @dataclass(slots=True)
 class Output:
     """A result to commit.
@@ -79,6 +83,8 @@ class GroupRun:
     load : callable
         ``load(name, reader)`` returns the input of a name in ``body.inputs``; called once for
         each, before the task with the key ``reader`` runs for which it is needed first.
+    cancelled : callable, optional
+        Asked before each task whether to stop.
 
     Attributes
     ----------
@@ -91,11 +97,17 @@ class GroupRun:
         seconds inside them, bytes of their results.
     """
 
-    def __init__(self, body: Body, load: Callable[[Key, Key], Any]):
+    def __init__(
+        self,
+        body: Body,
+        load: Callable[[Key, Key], Any],
+        cancelled: Callable[[], bool] = lambda: False,
+    ):
         self.seconds = 0.0
         self.tasks: dict[str, list[Any]] = {}
         self.values: dict[Key, Any] = {}
         self._load = load
+        self._cancelled = cancelled
         self._inputs = set(body.inputs)
         self._places: dict[Key, list[int]] = {}
         for place, key in enumerate(body.outputs):
@@ -117,9 +129,12 @@ class GroupRun:
         ------
         TaskError
             From the exception that a task raised.
+        Cancelled
         """
         try:
             while self._waiting:
+                if self._cancelled():
+                    raise Cancelled
                 yield from self._run(self._waiting.pop())
         finally:  # also when a task raised, whose traceback may live on
             self.values.clear()

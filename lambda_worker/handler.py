@@ -25,7 +25,8 @@ from lambda_worker import codec, protocol
 from lambda_worker.cache import Cache
 from lambda_worker.commit import commit
 from lambda_worker.errors import IntegrityError, StoreError, UnserializableError
-from lambda_worker.execute import GroupRun, Output, TaskError
+from lambda_worker.execute import Cancelled, GroupRun, Output, TaskError
+from lambda_worker.lease import LeaseWatch
 from lambda_worker.memory import share_out
 from lambda_worker.prefetch import Prefetcher, Slot
 from lambda_worker.protocol import Body, GroupRequest, Key, Reference, Request, Value
@@ -78,6 +79,7 @@ class Served:
 
     def __init__(self, group: GroupRequest):
         self.group = group
+        self.attempt = protocol.new_attempt() if group.entangled else ""
         self.outputs: list[Value | Future[Value] | None] = [None] * len(group.outputs)
         self.left: set[str] = set()  # objects in the bucket of which no value tells
         self.run: GroupRun | None = None
@@ -137,6 +139,9 @@ class Invocation:
         self._uploads: Uploads[Value] = Uploads(environment.uploading, environment.shares.uploads)
         for run in request.secrets:
             protocol.resolvers[run] = self.resolve
+        self._lease: LeaseWatch | None = None
+        if request.lease:
+            self._lease = LeaseWatch(partial(self.store.exists, request.lease), request.leased)
 
     def serve(self) -> list[dict[str, Any]]:
         """Run all groups, one after the other; return their records."""
@@ -157,10 +162,17 @@ class Invocation:
 
     def close(self) -> None:
         """Wait for what still runs in the background; forget the secrets."""
+        if self._lease is not None:
+            self._lease.close()
         for run in self.request.secrets:
             protocol.resolvers.pop(run, None)
         self._inputs.close()
         self._uploads.close()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the run has ended, so that nobody waits for what is done here."""
+        return self._lease is not None and self._lease.gone
 
     # -- inputs ----------------------------------------------------------------------------------
 
@@ -183,7 +195,7 @@ class Invocation:
         budget of what is fetched ahead knows its size in S3.
         """
         data = self._verified(value)
-        if codec.is_compressed(data):
+        if codec.is_compressed(data, value.name):
             return partial(codec.frames_of, data, value.name)
         frames = codec.frames_of(data, value.name)
         return lambda: frames
@@ -192,18 +204,32 @@ class Invocation:
         """Return a value sealed and verified; read-only if somebody else has it as well."""
         name, data = value.name, value.data
         secret = self.secret(name)
-        if data is None and value.shared:
-            # Two readers do not download it twice.
-            with self._locks.setdefault(name, threading.Lock()):
-                kept = environment.cache.get(name)
-                data = self.store.get(name, value.size) if kept is None else kept
-                codec.verify(data, secret, name)
-                if kept is not None or environment.cache.put(name, data):
+        if data is not None:
+            codec.verify(data, secret, name)
+            return data
+        if not value.shared:
+            return self._download(value, secret)
+        with self._locks.setdefault(name, threading.Lock()):  # two readers download it once
+            data = environment.cache.get(name)
+            if data is not None:
+                try:
+                    codec.verify(data, secret, name)
                     return memoryview(data).toreadonly()
-                return data
-        if data is None:
-            data = self.store.get(name, value.size)
-        codec.verify(data, secret, name)
+                except IntegrityError:
+                    environment.cache.drop(name)
+            data = self._download(value, secret)
+            if environment.cache.put(name, data):
+                return memoryview(data).toreadonly()
+            return data
+
+    def _download(self, value: Value, secret: bytes) -> Any:
+        """Return an object that was verified; what was damaged on the way is fetched once more."""
+        try:
+            data = self.store.get(value.name, value.size)
+            codec.verify(data, secret, value.name)
+        except IntegrityError:
+            data = self.store.get(value.name, value.size)
+            codec.verify(data, secret, value.name)
         return data
 
     def resolve(self, reference: Reference) -> Any:
@@ -235,6 +261,8 @@ class Invocation:
 
     def _run(self, served: Served) -> None:
         """Run one group: load, execute, begin to commit."""
+        if self.cancelled:
+            raise self._stopped()
         group = served.group
         body = self._load_body(served)
         keys = body.outputs
@@ -259,18 +287,22 @@ class Invocation:
                 loaded[place] = value
             return value
 
-        run = served.run = GroupRun(body, load)
+        run = served.run = GroupRun(body, load, lambda: self.cancelled)
         slots = [served.slots[places[name]] for name in run.needs]
         self._inputs.put_first([slot for slot in slots if slot])
         try:
             for output in run.outputs():
-                served.outputs[output.place] = self._commit(
-                    keys[output.place], group.outputs[output.place], output, served.left
-                )
+                served.outputs[output.place] = self._commit(served, keys[output.place], output)
+        except Cancelled:
+            raise self._stopped() from None
         except TaskError as error:
             if isinstance(error.__cause__, StoreError | IntegrityError):
                 raise error.__cause__ from None  # a reference that could not be loaded
             raise self._exception(group, error.key, error.__cause__) from error
+
+    def _stopped(self) -> Failure:
+        lease = self.request.lease
+        return Failure("cancelled", f"the run has ended: its lease, the object {lease!r}, is gone")
 
     def _load_body(self, served: Served) -> Body:
         group = served.group
@@ -282,7 +314,7 @@ class Invocation:
         except BaseException as error:
             raise self._exception(group, None, error, "unpickling the task: ") from error
 
-    def _commit(self, key: Key, name: str, output: Output, left: set[str]) -> Any:
+    def _commit(self, served: Served, key: Key, output: Output) -> Any:
         """Send a result back, or begin to upload it: then the value is in a future.
 
         A copy is made now.  The value may be dropped at once, and whatever later tasks do to it
@@ -300,21 +332,24 @@ class Invocation:
                 type=type(error).__name__,
             ) from error
         output.size = size = codec.sealed_size(frames)
+        name = served.group.outputs[output.place]
         secret = self.request.secrets[self.request.run]
         if size <= self.request.inline_bytes and size <= self.inline_left:
             self.inline_left -= size
+            if served.attempt:
+                name = protocol.attempt_name(name, served.attempt)
             return Value(name, size, codec.seal(frames, secret, name))
         self._uploads.make_room(size)
-        upload = partial(self._upload, [codec.lay_out(frames)], name, secret, left)
+        upload = partial(self._upload, [codec.lay_out(frames)], name, secret, served)
         return self._uploads.start(size, upload)
 
-    def _upload(self, copy: list[bytearray], name: str, secret: bytes, left: set[str]) -> Value:
+    def _upload(self, copy: list[bytearray], name: str, secret: bytes, served: Served) -> Value:
         laid_out = copy.pop()
         if self.request.compression != "none":
             frames = codec.frames_of(laid_out, name)
             laid_out = codec.lay_out(frames, self.request.compression)
             del frames
-        return commit(self.store, name, laid_out, secret, left)
+        return commit(self.store, name, laid_out, secret, served.left, served.attempt)
 
     def _exception(
         self, group: GroupRequest, key: Any, error: BaseException | None, doing: str = ""
@@ -396,6 +431,7 @@ def _log(event: dict[str, Any], context: Any, reply: dict[str, Any]) -> None:
         "cold": reply["cold"],
         "groups": len(groups),
         "errors": sum("error" in g for g in groups),
+        "cancelled": any(g.get("error", {}).get("kind") == "cancelled" for g in groups),
         "milliseconds": round(reply["milliseconds"], 3),
         "peak_memory": reply.get("peak_memory"),
     }

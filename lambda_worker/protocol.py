@@ -97,12 +97,16 @@ class GroupRequest:
         In the order of ``Body.inputs``.
     outputs : list of str
         Object names, in the order of ``Body.outputs``.
+    entangled : bool
+        Readers must see the outputs of one attempt: they are committed under names of the
+        attempt's own (:func:`attempt_name`), and count once the reply is there.
     """
 
     body: Value
     inputs: list[Value]
     outputs: list[str]
     frames: list[tuple[int, Value]] = field(default_factory=list)
+    entangled: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Describe the group in a request."""
@@ -111,6 +115,7 @@ class GroupRequest:
             "frames": [[place, value.to_json()] for place, value in self.frames],
             "inputs": [value.to_json() for value in self.inputs],
             "outputs": self.outputs,
+            **({"entangled": True} if self.entangled else {}),
         }
 
     @classmethod
@@ -121,6 +126,7 @@ class GroupRequest:
             frames=[(place, Value.from_json(v)) for place, v in record["frames"]],
             inputs=[Value.from_json(v) for v in record["inputs"]],
             outputs=record["outputs"],
+            entangled=record.get("entangled", False),
         )
 
 
@@ -160,6 +166,8 @@ class Request:
     inline_bytes: int  #: outputs up to this size come back in the reply
     groups: list[GroupRequest] | Value  #: a value: their sealed JSON, where it is too long
     compression: Compression = "none"  #: of the outputs that go to S3
+    lease: str = ""  #: name of the object whose end ends the run (:mod:`lambda_worker.lease`)
+    leased: bool = False  #: whether it was written already
 
     def to_json(self) -> dict[str, Any]:
         """Build the event of the Invoke."""
@@ -172,6 +180,7 @@ class Request:
             "bucket": self.bucket,
             "inline_bytes": self.inline_bytes,
             "compression": self.compression,
+            "lease": [self.lease, self.leased],
             "groups": (
                 groups.to_json() if isinstance(groups, Value) else [g.to_json() for g in groups]
             ),
@@ -187,6 +196,8 @@ class Request:
             bucket=event["bucket"],
             inline_bytes=event["inline_bytes"],
             compression=event["compression"],
+            lease=event.get("lease", ("", False))[0],
+            leased=event.get("lease", ("", False))[1],
             groups=(
                 Value.from_json(groups)
                 if isinstance(groups, dict)
@@ -230,8 +241,9 @@ def shards() -> list[str]:
 
 
 def run_of(name: str) -> str:
-    """Return the run to which an object belongs."""
-    return objects_of(name)[-1].rsplit("/", 2)[1]
+    """Return the run to which an object belongs; nothing for what is no object of a run."""
+    parts = output_of(name).rsplit("/", 2)
+    return parts[1] if len(parts) == 3 else ""
 
 
 def key_label(key: Key) -> str:
@@ -241,19 +253,31 @@ def key_label(key: Key) -> str:
     ).hexdigest()
 
 
-def attempt_name(output: str) -> str:
-    """Return a name of its own for one attempt to write a large output.
+def new_attempt() -> str:
+    """Return what tells one attempt at a group from all others."""
+    return secrets.token_hex(8)
+
+
+def attempt_name(output: str, attempt: str = "") -> str:
+    """Return a name of its own for one attempt to write an output: a new one by default.
 
     S3 cannot write an object in parts and refuse it if it exists.  So a large output is written
     under such a name, and then committed by a small object under the output's own name, which
-    points to it.  All attempts are in one folder, where what a lost one has left can be found.
+    points to it.  The outputs of an entangled group are written under such names whatever their
+    size, and nothing points to them: the client goes by the first reply that it hears.  All
+    attempts are in one folder, where what a lost one has left can be found.
     """
-    return f"{attempts_folder(output)}/{secrets.token_hex(8)}"
+    return f"{attempts_folder(output)}/{attempt or new_attempt()}"
 
 
 def attempts_folder(output: str) -> str:
-    """Return the folder of all attempts at a large output."""
+    """Return the folder of all attempts at an output."""
     return output + "~"
+
+
+def output_of(name: str) -> str:
+    """Return the output of which an object is a version: itself, or what it is an attempt at."""
+    return objects_of(name)[-1]
 
 
 def pointer_name(output: str) -> str:
@@ -262,7 +286,7 @@ def pointer_name(output: str) -> str:
 
 
 def objects_of(name: str) -> list[str]:
-    """Return the objects that a value consists of: itself, and the pointer to it if it is large."""
+    """Return the objects that a value consists of: itself, and the pointer to it."""
     folder = name.rpartition("/")[0]
     return [name, folder[:-1]] if folder.endswith("~") else [name]
 

@@ -30,8 +30,8 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
-from lambda_worker import codec, protocol
-from lambda_worker.errors import IntegrityError, StoreError, StoreErrorKind
+from lambda_worker import codec
+from lambda_worker.errors import StoreError, StoreErrorKind
 
 #: A whole object of 10 GB at 75 MB/s, the sustained bandwidth of one Lambda, takes 133 s.
 REQUEST_TIMEOUT = timedelta(seconds=300)
@@ -47,6 +47,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DENIALS = (PermissionDeniedError, UnauthenticatedError)
 #: The same where obstore has no class for it: lists, and batches of deletes.
 _DENIED = re.compile(r"\bstatus: 40[13]\b")
+#: Credentials that were good once, or are not yet ("Error responses", Amazon S3 API reference).
+_EXPIRED = re.compile(r"\b(ExpiredToken|TokenRefreshRequired|InvalidToken|RequestTimeTooSkewed)")
+#: A range that begins behind the end of an object.
+_BEHIND_THE_END = re.compile(r"\bstatus code: 416\b|Wanted range starting at")
 #: S3's own words.
 _SAID = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
 
@@ -162,6 +166,7 @@ class Store:
     def get(self, name: str, size: int) -> Any:
         """Return an object's bytes, of which there are ``size``.
 
+        If there are fewer, it is an IntegrityError.
         Small objects are read-only; large ones, read in parts, are a writable buffer that
         belongs to the caller.
         """
@@ -170,7 +175,8 @@ class Store:
         buffer = codec.allocate(size)
 
         def get(part: tuple[int, int]) -> None:
-            _fill(buffer, name, *part, self._get(name, *part))
+            start, end = part
+            buffer[start:end] = self._get(name, start, end)
 
         parts = [self._pool().submit(get, part) for part in self.parts.ranges(size)]
         try:
@@ -190,7 +196,8 @@ class Store:
 
         async def get(part: tuple[int, int]) -> None:
             async with self._ranges_at_once:
-                _fill(buffer, name, *part, await self._get_async(name, *part))
+                start, end = part
+                buffer[start:end] = await self._get_async(name, start, end)
 
         parts = [asyncio.ensure_future(get(part)) for part in self.parts.ranges(size)]
         try:
@@ -204,14 +211,31 @@ class Store:
     def _get(self, name: str, start: int, end: int) -> Any:
         with _translated("s3:GetObject", name):
             data = obstore.get_range(self.bucket, name, start=start, end=end)
-        self._count(gets=1, bytes_read=len(data))
-        return data
+        return self._got(name, start, end, data)
 
     async def _get_async(self, name: str, start: int, end: int) -> Any:
         with _translated("s3:GetObject", name):  # one step, where get and bytes would be two
             data = await obstore.get_range_async(self.bucket, name, start=start, end=end)
+        return self._got(name, start, end, data)
+
+    def _got(self, name: str, start: int, end: int, data: Any) -> Any:
         self._count(gets=1, bytes_read=len(data))
+        if len(data) != end - start:
+            raise codec.damaged(name, f"is truncated: it ends at {start + len(data)}")
         return data
+
+    def exists(self, name: str) -> bool:
+        """Whether an object is there."""
+        try:
+            with _translated("s3:GetObject", name):
+                obstore.head(self.bucket, name)
+        except StoreError as error:
+            if error.kind != "missing":
+                raise
+            return False
+        finally:
+            self._count(gets=1)
+        return True
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -309,13 +333,10 @@ class Store:
         self._count(deletes=1)
 
     async def delete_async(self, names: Sequence[str]) -> None:
-        """Delete objects, a thousand a request; those that are not there do not matter.
-
-        With a large output goes the pointer to it (:func:`lambda_worker.protocol.attempt_name`).
-        """
+        """Delete objects, a thousand a request; those that are not there do not matter."""
         if not names:
             return
-        names = list({n: None for name in names for n in protocol.objects_of(name)})
+        names = list(dict.fromkeys(names))
         with _missing_is_fine(), _translated("s3:DeleteObject", names[0]):
             await obstore.delete_async(self.bucket, names)
         self._count(deletes=-(-len(names) // 1000))
@@ -343,12 +364,6 @@ class Store:
                 yield entry["path"]
 
 
-def _fill(buffer: Any, name: str, start: int, end: int, data: Any) -> None:
-    if len(data) != end - start:
-        raise IntegrityError(f"object {name!r} is truncated: it ends at {start + len(data)}")
-    buffer[start:end] = data
-
-
 @contextmanager
 def _missing_is_fine() -> Iterator[None]:
     try:
@@ -366,11 +381,15 @@ def _translated(action: str, name: str) -> Iterator[None]:
         raise
     except (BaseError, OSError, ValueError) as error:
         text = str(error)
+        if _BEHIND_THE_END.search(text):
+            raise codec.damaged(name, "is truncated: S3 has less of it than was written") from error
         kind: StoreErrorKind = "transient"
         if "NoSuchBucket" in text:
             kind = "no-bucket"
         elif isinstance(error, FileNotFoundError):
             kind = "missing"
+        elif _EXPIRED.search(text):
+            kind = "expired"
         elif isinstance(error, _DENIALS) or _DENIED.search(text):
             kind = "denied"
         said = _SAID.search(text)

@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 import dask_lambda
-from dask_lambda import local_start
+from dask_lambda import encode, local_start
 from dask_lambda.config import Settings
+from dask_lambda.lease import Lease
 from dask_lambda.local import LocalAWS
 from dask_lambda.local_shared import local_aws
 from tests.faults.deploy import deploy as deploy_function
@@ -102,6 +103,23 @@ def one_task_each() -> Iterator[None]:
     """Give each task an invocation of its own."""
     with dask.config.set({"dask-lambda.plan": "none"}):
         yield
+
+
+class _Unleased(Lease):
+    """A lease that is never written and never looked for."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.name = ""
+
+    def _write_once(self) -> None:
+        pass
+
+
+@pytest.fixture
+def without_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that count requests or objects, and may take longer than a second."""
+    monkeypatch.setattr(encode, "Lease", _Unleased)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from dask_lambda import LambdaScheduler, lambda_get
 from dask_lambda.local import LocalAWS
 from tests.helpers import eventually, report
 
-pytestmark = [pytest.mark.local, pytest.mark.usefixtures("one_task_each")]
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("one_task_each", "without_lease")]
 uses_bucket = True
 
 Names = Callable[[], list[str]]

@@ -93,7 +93,8 @@ class Run:
 
     def labels(self) -> list[str]:
         """What kinds of objects there are."""
-        return sorted(name.rsplit("/", 1)[1].split("-")[0] for name in self.objects())
+        names = map(protocol.output_of, self.objects())
+        return sorted(name.rsplit("/", 1)[1].split("-")[0] for name in names)
 
 
 @pytest.fixture
@@ -324,6 +325,18 @@ def test_a_value_that_was_moved_to_s3_stays_there_for_the_next_reader(start):
     run.run("y")
     assert run.store.counts.puts == 1
     assert run.value("y") == 50
+
+
+def test_a_value_that_is_moved_to_s3_is_not_taken_for_what_a_lost_attempt_left_there(start):
+    run = start({"x": (bytes, 50), "y": (len, "x")}, "y")
+    run.run("x")
+    name = run.values["x"].name
+    run.store.put_new(name, codec.dumps(bytes(7), SECRET, name))
+    asyncio.run(run.encoder.spill(run.values["x"]))
+    run.run("y")
+    assert run.value("x") == bytes(50)
+    assert run.value("y") == 50
+    assert protocol.objects_of(run.values["x"].name)[-1] == name
 
 
 def test_a_task_of_many_middling_buffers_is_uploaded_as_a_whole(start):

@@ -68,9 +68,7 @@ def test_a_throttle_without_a_reason_is_one_all_the_same():
                 "function:my-function"
             },
         ),
-        (403, {"message": "The security token included in the request is invalid."}),
-        (403, {"message": "The security token included in the request is expired"}),
-        (403, {"message": "Signature expired: 20260101T000000Z is now earlier than ..."}),
+        (403, {"message": "The request signature we calculated does not match"}),
         (403, {"Message": None}),
         (401, {"message": "Unauthorized", "__type": "UnauthorizedException"}),
     ],
@@ -87,6 +85,59 @@ def test_wrong_credentials_name_the_action_and_the_resource_and_are_not_retried(
     assert "eu-north-1" in text
     assert "credentials" in text
     assert (body.get("message") or body.get("Message") or "") in text
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "what"),
+    [
+        (403, {"message": "The security token included in the request is expired"}, "log in again"),
+        (
+            403,
+            {"message": "The security token included in the request is invalid."},
+            "log in again",
+        ),
+        (400, {"__type": "ExpiredTokenException", "message": ""}, "log in again"),
+        (403, {"message": "Signature expired: 20260101T000000Z is now earlier than ..."}, "clock"),
+        (403, {"message": "Signature not yet current: 20260101T000000Z is ..."}, "clock"),
+    ],
+)
+def test_expired_credentials_and_a_wrong_clock_are_told_apart_and_may_pass(status, body, what):
+    failure = answer(status, **body)
+    assert failure.kind is FailureKind.EXPIRED
+    exception = shown(failure, "")
+    assert type(exception) is errors.AccessDeniedError
+    text = str(exception)
+    assert what in text.lower()
+    assert ("clock" in text) == (what == "clock")
+    assert "lambda:InvokeFunction on function 'my-function' in eu-north-1" in text
+    assert body["message"] in text
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ("ExpiredToken: The provided token has expired.", "Log in"),
+        ("RequestTimeTooSkewed", "clock"),
+    ],
+)
+def test_expired_credentials_at_s3_are_the_clients_affair_alone(said, what):
+    error = StoreError("expired", f"s3:PutObject 0/prefix/run/x: {said}")
+    failure = failures.from_store_error(error)
+    assert failure.kind is FailureKind.EXPIRED
+    text = str(shown(failure, ""))
+    assert what in text
+    assert "s3:PutObject 0/prefix/run/x" in text
+    record = {"kind": "store-expired", "message": str(error)}
+    on_the_worker = failures.from_record(record)  # its role: another environment has a new one
+    assert on_the_worker.kind is FailureKind.TRANSIENT
+
+
+def test_credentials_that_botocore_cannot_renew_say_so():
+    failure = failures.from_credentials(RuntimeError("the SSO session has expired"))
+    assert failure.kind is FailureKind.EXPIRED
+    text = str(shown(failure, ""))
+    assert "the SSO session has expired" in text
+    assert "aws sso login" in text
 
 
 def test_a_function_that_does_not_exist_is_named_with_its_region():

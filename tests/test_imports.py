@@ -23,6 +23,7 @@ ENGINE = [
         "invoke",
         "encode",
         "pickling",
+        "lease",
         "failures",
         "state",
         "books",
@@ -31,17 +32,18 @@ ENGINE = [
         "pace",
         "policy",
         "splitting",
+        "entangled",
         "plan",
         "grouping",
     ),
     *("tiling", "units"),
     "folding",
     *("history", "estimates", "graph", "cost_model", "kernels"),
-    *("report", "cost", "config", "errors"),
+    *("report", "cost", "config", "credentials", "errors"),
 ]
 #: The ground, likewise.
 GROUND = [
-    *("handler", "uploads", "prefetch", "execute", "folds", "commit", "store", "codec"),
+    *("handler", "lease", "uploads", "prefetch", "execute", "folds", "commit", "store", "codec"),
     *("cache", "memory", "protocol", "errors"),
 ]
 PURE = [
@@ -53,6 +55,7 @@ PURE = [
         "pace",
         "policy",
         "splitting",
+        "entangled",
         "plan",
         "grouping",
         "tiling",

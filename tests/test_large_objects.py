@@ -25,7 +25,7 @@ from lambda_worker.store import Parts, Store, open_bucket
 from tests.faults.proxy import Proxy, Reset, s3_error
 from tests.helpers import report
 
-pytestmark = pytest.mark.local
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("without_lease")]
 uses_bucket = True
 
 Names = Callable[[], list[str]]
@@ -185,7 +185,7 @@ def test_a_value_and_its_pointer_are_deleted_together(store: Store, bucket_names
     value, _ = commit_value(store, LARGE)
     assert len(bucket_names()) == 2
     assert protocol.run_of(value.name) == RUN
-    asyncio.run(store.delete_async([value.name]))
+    asyncio.run(store.delete_async(protocol.objects_of(value.name)))
     assert bucket_names() == []
 
 
