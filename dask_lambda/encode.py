@@ -244,7 +244,8 @@ class Encoder:
                 uploads.append((place, await self._frame(frames.pop(place))))
         labels = [protocol.key_label(key) for key in group.outputs]
         outputs = [self.object_name(label) for label in labels]
-        name = self.object_name("body-" + labels[0])
+        # A part of a group that was split may have its first output.
+        name = self.object_name(f"body-{len(group.tasks)}-{labels[0]}")
         sealed = codec.seal(frames, self._secret, name)
         return GroupRequest(
             Value(name, len(sealed), sealed),

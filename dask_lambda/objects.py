@@ -156,7 +156,8 @@ class Objects:
         self.release(run, list(run.values))
         names = run.encoder.take_written()
         if run.drained.is_set():
-            names |= run.uncertain | await self._find_lost(run)
+            kept = {name for v in run.kept.values() for name in protocol.objects_of(v.name)}
+            names |= (run.uncertain | await self._find_lost(run)) - kept
             run.uncertain, run.lost = set(), set()
         run.trash.extend(names.difference(run.trash))
         await self._empty(run)
@@ -175,8 +176,7 @@ class Objects:
                 found.update(names)
         except StoreError as error:
             logger.warning("what lost invocations have left behind is not known: %s", error)
-        kept = {name for v in run.kept.values() for name in protocol.objects_of(v.name)}
-        return found - kept
+        return found
 
     async def _list(self, run: Run, folder: str) -> list[str]:
         return [name async for name in run.store.list_async(folder)]
