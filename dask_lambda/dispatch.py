@@ -512,7 +512,8 @@ class Engine:
         outcomes: list[Done | Failure] = []
         seconds = content["milliseconds"] / 1e3 / len(groups)  # batches are of one kind
         for group, record in zip(groups, content["groups"], strict=True):
-            run.uncertain.update(record.get("left", ()))
+            left = record.get("left", ())
+            run.uncertain.update(name for name in left if protocol.run_of(name) == run.name)
             if "error" in record:  # perhaps after one of its outputs was written
                 run.uncertain.update(map(run.object_name, group.outputs))
                 leased = run.encoder.lease.there

@@ -264,7 +264,9 @@ class Encoder:
                 uploads.append((place, await self._frame(frames.pop(place))))
         labels = [self.label(key) for key in group.outputs]
         outputs = [self.object_name(label) for label in labels]
-        name = self.object_name(self._once_label("body-" + labels[0]))
+        # A part of a group that was split may have its first output.
+        label = self._once_label(f"body-{len(group.tasks)}-{labels[0]}")
+        name = self.object_name(label)
         sealed = codec.seal(frames, self._secret, name)
         return GroupRequest(
             Value(name, len(sealed), sealed),

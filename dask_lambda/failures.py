@@ -155,7 +155,7 @@ def _expired(what: str) -> Failure:
         message = f"the clock of this machine is wrong, or a request took minutes: {what}"
         advice = "Set the clock: AWS refuses what was signed more than some minutes ago or ahead."
     else:
-        message = f"the AWS credentials have expired, or were replaced: {what}"
+        message = f"the AWS credentials have expired, were replaced, or are wrong: {what}"
         advice = (
             "Log in again ('aws sso login', or as you do), or write new credentials where the old "
             "ones are; a run that goes on meanwhile picks them up, unless they are in environment "

@@ -54,6 +54,7 @@ class Environment:
         self.cache = Cache(self.shares.cache)
         self.fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")  # starts threads when needed
         self.uploading = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
+        self.looking = ThreadPoolExecutor(1, "lease")
         self._stores: dict[str, Store] = {}
 
     def store(self, bucket: str) -> Store:
@@ -141,7 +142,8 @@ class Invocation:
             protocol.resolvers[run] = self.resolve
         self._lease: LeaseWatch | None = None
         if request.lease:
-            self._lease = LeaseWatch(partial(self.store.exists, request.lease), request.leased)
+            look = partial(self.store.exists, request.lease)
+            self._lease = LeaseWatch(look, request.leased, environment.looking)
 
     def serve(self) -> list[dict[str, Any]]:
         """Run all groups, one after the other; return their records."""
@@ -164,17 +166,14 @@ class Invocation:
 
     def close(self) -> None:
         """Wait for what still runs in the background; forget the secrets."""
-        if self._lease is not None:
-            self._lease.close()
         for run in self.request.secrets:
             protocol.resolvers.pop(run, None)
         self._inputs.close()
         self._uploads.close()
 
-    @property
     def cancelled(self) -> bool:
         """Whether the run has ended, so that nobody waits for what is done here."""
-        return self._lease is not None and self._lease.gone
+        return self._lease is not None and self._lease.gone()
 
     # -- inputs ----------------------------------------------------------------------------------
 
@@ -263,7 +262,7 @@ class Invocation:
 
     def _run(self, served: Served) -> None:
         """Run one group: load, execute, begin to commit."""
-        if self.cancelled:
+        if self.cancelled():
             raise self._stopped()
         group = served.group
         body = self._load_body(served)
@@ -289,7 +288,7 @@ class Invocation:
                 loaded[place] = value
             return value
 
-        run = served.run = GroupRun(body, load, lambda: self.cancelled)
+        run = served.run = GroupRun(body, load, self.cancelled)
         slots = [served.slots[places[name]] for name in run.needs]
         self._inputs.put_first([slot for slot in slots if slot])
         try:

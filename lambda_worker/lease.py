@@ -2,66 +2,67 @@
 
 A run has a *lease*: a small object that the client writes when the first invocation has taken
 long, and deletes when the run ends, in whatever way.  Nobody can stop an invocation from outside.
-So one that takes long looks for the lease now and then; when it is gone, the run is, and the
-worker stops before the next task.
+So one that takes long looks for the lease between its tasks; when it is gone, the run is, and the
+worker stops.
 """
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 
 from lambda_worker.errors import StoreError
 
-#: When an invocation looks for the lease first, and how often then, in seconds.  A look is a HEAD,
-#: and costs about as much as 12 ms of a function with one vCPU.
+#: When an invocation looks for the lease first, and how often then at the most, in seconds.  A look
+#: is a HEAD: some 27 ms, and the price of 12 ms of a function with one vCPU.
 AFTER, EVERY = 2.0, 2.0
-#: A lease that was not there at so many looks, from the first on, was deleted before: the client
-#: writes it when the invocation has taken one second.
-LOOKS = 3
+#: A lease that is not there after so many seconds was there before: the client writes it when the
+#: invocation has taken one second.
+LATE = 6.0
+#: How long the next task waits for an answer; if it comes later, it counts before the task after.
+WAIT = 0.2
 
 
 class LeaseWatch:
-    """Looks for the lease of a run in the background.  To be closed.
+    """Looks for the lease of a run.
 
     Parameters
     ----------
     exists : callable
         Whether the lease is there; called in another thread.
     said : bool
-        Whether the client said that it has written the lease: then it is gone if it is not there
-        at the first look.  Otherwise the client may be late.
-
-    Attributes
-    ----------
-    gone : bool
-        Whether the run has ended.
+        Whether the client said that it has written the lease.  Otherwise it may be late.
+    pool : Executor
     """
 
-    def __init__(self, exists: Callable[[], bool], said: bool):
-        self.gone = False
+    def __init__(self, exists: Callable[[], bool], said: bool, pool: Executor):
         self._exists = exists
-        self._looks = 1 if said else LOOKS  # at which it is not there until it is gone
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="lease", daemon=True)
-        self._thread.start()
+        self._expected = said
+        self._pool = pool
+        self._started = time.monotonic()
+        self._next = self._started + AFTER
+        self._look: Future[bool] | None = None
+        self._gone = False
 
-    def close(self) -> None:
-        """Look no more."""
-        self._closed.set()
-
-    def _look(self) -> None:
-        wait = AFTER
-        while not self._closed.wait(wait):
-            wait = EVERY
+    def gone(self) -> bool:
+        """Return whether the run has ended; to be asked before each task."""
+        wait = 0.0
+        if self._look is None and not self._gone and time.monotonic() >= self._next:
+            self._look = self._pool.submit(self._exists)
+            wait = WAIT
+        if self._look is not None:
             try:
-                there = self._exists()
+                self._answered(self._look.result(wait))
+            except TimeoutError:
+                return False
             except StoreError:  # then nobody knows
-                continue
-            if there:
-                self._looks = 1
-                continue
-            self._looks -= 1
-            if not self._looks:
-                self.gone = True
-                return
+                pass
+            self._look = None
+            self._next = time.monotonic() + EVERY
+        return self._gone
+
+    def _answered(self, there: bool) -> None:
+        late = time.monotonic() - self._started >= LATE
+        self._gone = not there and (self._expected or late)
+        self._expected = self._expected or there

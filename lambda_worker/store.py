@@ -48,7 +48,9 @@ _DENIALS = (PermissionDeniedError, UnauthenticatedError)
 #: The same where obstore has no class for it: lists, and batches of deletes.
 _DENIED = re.compile(r"\bstatus: 40[13]\b")
 #: Credentials that were good once, or are not yet ("Error responses", Amazon S3 API reference).
-_EXPIRED = re.compile(r"\b(ExpiredToken|TokenRefreshRequired|InvalidToken|RequestTimeTooSkewed)")
+_EXPIRED = re.compile(
+    r"\b(ExpiredToken|TokenRefreshRequired|InvalidToken|InvalidAccessKeyId|RequestTimeTooSkewed)"
+)
 #: A range that begins behind the end of an object.
 _BEHIND_THE_END = re.compile(r"\bstatus code: 416\b|Wanted range starting at")
 #: S3's own words.

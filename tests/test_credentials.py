@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import configparser
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from dask_lambda.errors import AccessDeniedError
 from dask_lambda.local import LocalAWS
 from lambda_worker.errors import StoreError
 from lambda_worker.store import Store, open_bucket
-from tests.faults.proxy import EXPIRED, EXPIRED_TOKEN, Action, Proxy, Request
+from tests.faults.proxy import EXPIRED, EXPIRED_TOKEN, Action, Proxy, Request, s3_error
 from tests.helpers import report
 
 uses_bucket = True
@@ -218,4 +219,42 @@ def test_what_botocore_cannot_renew_is_expired_for_s3() -> None:
     )
     with pytest.raises(StoreError, match="SSO") as info:
         Store(bucket).get("0/prefix/run/x", 10)
+    assert info.value.kind == "expired"
+
+
+@pytest.mark.local
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "ExpiredToken"),
+        (400, "InvalidToken"),
+        (403, "InvalidAccessKeyId"),
+        (403, "RequestTimeTooSkewed"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["get", "put", "list", "delete"])
+def test_s3s_words_for_expired_credentials_are_understood(
+    aws: LocalAWS, proxy: Expiring, kind: str, status: int, code: str
+) -> None:
+    bucket = open_bucket(
+        aws.bucket,
+        endpoint_url=proxy.url,
+        region=aws.region,
+        access_key_id=aws.access_key_id,
+        secret_access_key=aws.secret_access_key,
+    )
+    store = Store(bucket)
+
+    async def list_all() -> list[str]:
+        return [name async for name in store.list_async("0/prefix/")]
+
+    requests: dict[str, Callable[[], Any]] = {
+        "get": lambda: store.get("0/prefix/run/x", 10),
+        "put": lambda: store.put_new("0/prefix/run/x", b"x"),
+        "list": lambda: asyncio.run(list_all()),
+        "delete": lambda: asyncio.run(store.delete_async(["0/prefix/run/x"])),
+    }
+    proxy.plan(**{kind: [s3_error(status, code, "in S3's words")]})
+    with pytest.raises(StoreError, match="in S3's words") as info:
+        requests[kind]()
     assert info.value.kind == "expired"

@@ -348,6 +348,17 @@ def test_a_task_of_many_middling_buffers_is_uploaded_as_a_whole(start):
     assert run.value("y") == 200_000 * sum(range(40))
 
 
+def test_a_part_of_a_group_whose_task_was_uploaded_is_not_taken_for_the_whole(start):
+    arrays = [np.full(200_000, i, np.uint8) for i in range(40)]
+    dsk = {"x": Task("x", total, *arrays), "y": Task("y", str, TaskRef("x"))}
+    run = start(dsk, ["x", "y"])
+    for outputs in (("x", "y"), ("x",)):
+        run.groups["x"] = Group(outputs, (), outputs)
+        run.run("x")
+        assert run.labels() == ["body"] * (3 - len(outputs))
+        assert run.value("x") == 200_000 * sum(range(40))
+
+
 def test_a_list_of_inputs_that_is_too_long_is_uploaded(start):
     run, count = long_list(start)
     payload = run.run("y")

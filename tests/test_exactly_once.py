@@ -212,6 +212,23 @@ def test_a_persisted_output_of_an_entangled_group_outlives_what_its_rivals_left(
         engine.forget(reference.name)
 
 
+def test_what_is_kept_is_not_deleted_for_an_attempt_that_failed_late(
+    connect: Connect, bucket_names: Callable[[], list[str]]
+) -> None:
+    """It may have written the very object that is kept, as far as its reply tells."""
+    engine = (scheduler := connect())._engine(scheduler._settings({}))
+    graph = normalise({"y": Task("y", bytes, MEDIUM)}, ["y"])
+    keep = frozenset(["y"])
+    plan = Plan((Group(("y",), (), ("y",)),), keep, (), keep, graph)
+    started = engine.start(plan, inline_bytes=0, keep_results=True)
+    assert started.events.get(timeout=60) == RunSucceeded()
+    started.uncertain.add(started.object_name("y"))
+    engine._call(engine._objects.sweep(started)).result()
+    kept = started.kept["y"]
+    assert bucket_names() == [kept.name]
+    engine.forget(kept.name)
+
+
 # -- a reply that comes when another attempt was first -------------------------------------------
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import threading
-import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -612,9 +611,10 @@ def test_a_result_whose_pickling_raises_something_odd_is_told_too(client):
 
 @pytest.fixture
 def leased(client, monkeypatch):
-    """``leased(tasks, ...)``: call with a lease; the groups' records."""
-    monkeypatch.setattr(lease, "AFTER", 0.01)
-    monkeypatch.setattr(lease, "EVERY", 0.01)
+    """``leased(groups, ...)``: call with a lease that is looked for before each task."""
+    monkeypatch.setattr(lease, "AFTER", 0.0)
+    monkeypatch.setattr(lease, "EVERY", 0.0)
+    monkeypatch.setattr(lease, "WAIT", 20.0)
     name = name_of("lease")
 
     def call(*groups: GroupRequest, there: bool, said: bool) -> list[dict[str, Any]]:
@@ -623,39 +623,27 @@ def leased(client, monkeypatch):
         request = Request(RUN, client.secrets, "bucket", 0, list(groups), lease=name, leased=said)
         return handler.handler(json.loads(json.dumps(request.to_json())), CONTEXT)["groups"]
 
-    return call
+    yield call
+    handler.environment.looking.shutdown()
 
 
 def end_the_run(name: str, *read: Any) -> None:
-    """Delete the lease, and go on when nobody looks for it any more."""
     obstore.delete(handler.environment.store("bucket").bucket, name)
-    wait_until_nobody_looks()
-
-
-def wait_until_nobody_looks(*read: Any) -> None:
-    looking = [thread for thread in threading.enumerate() if thread.name == "lease"]
-    for thread in looking:
-        thread.join(20)
-    assert looking
-
-
-def leave_a_mark(*read: Any) -> None:
-    handler.environment.store("bucket").put_new("mark", b"")
 
 
 def three_steps(client: Client, second: Any, *arguments: Any) -> GroupRequest:
-    """A group of three tasks of which the last one leaves a mark."""
+    """A group of three tasks; the first and the last one are outputs."""
     return client.group(
         Task("a", inc, 1),
         Task("b", second, *arguments, TaskRef("a")),
-        Task("c", leave_a_mark, TaskRef("b")),
+        Task("c", str, TaskRef("b")),
         outputs=["a", "c"],
     )
 
 
 def test_when_the_lease_is_gone_the_worker_stops_before_the_next_task(client, leased, capsys):
     group = three_steps(client, end_the_run, name_of("lease"))
-    first, second = leased(group, client.group(Task("d", inc, 1)), there=True, said=True)
+    first, second = leased(group, client.group(Task("d", inc, 1)), there=True, said=False)
     assert first["error"]["kind"] == second["error"]["kind"] == "cancelled"
     assert name_of("lease") in first["error"]["message"]
     assert set(first["left"]) == client.objects() == {name_of("a")}
@@ -663,50 +651,55 @@ def test_when_the_lease_is_gone_the_worker_stops_before_the_next_task(client, le
 
 
 def test_a_lease_that_was_said_to_be_there_and_is_not_is_gone(client, leased):
-    (said,) = leased(three_steps(client, wait_until_nobody_looks), there=False, said=True)
+    (said,) = leased(three_steps(client, inc), there=False, said=True)
     assert said["error"]["kind"] == "cancelled"
-    assert "mark" not in client.objects()
-
-
-def test_a_lease_that_never_comes_was_deleted_before_the_first_look(client, leased):
-    group = three_steps(client, wait_until_nobody_looks)
-    (said,) = leased(group, there=False, said=False)
-    assert said["error"]["kind"] == "cancelled"
-    assert handler.environment.store("bucket").counts.gets == 0  # told in the reply
-
-
-def look_often(*read: Any) -> None:
-    """Go on when the lease was looked for some times more."""
-    store = handler.environment.store("bucket")
-    before = store.counts.gets
-    deadline = time.monotonic() + 20
-    while store.counts.gets < before + 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert store.counts.gets >= before + 3
+    assert client.objects() == set()
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_lease_that_is_there_or_comes_late_stops_nobody(client, leased, monkeypatch, there):
-    monkeypatch.setattr(lease, "LOOKS", 1000)
-    (said,) = leased(three_steps(client, look_often), there=there, said=there)
+def test_a_lease_that_is_there_or_may_yet_come_stops_nobody(client, leased, there):
+    (said,) = leased(three_steps(client, inc), there=there, said=there)
     assert len(said["outputs"]) == 2
-    assert "mark" in client.objects()
+
+
+def test_a_lease_that_does_not_come_in_time_was_deleted_before(client, leased, monkeypatch):
+    monkeypatch.setattr(lease, "LATE", 0.0)
+    (said,) = leased(three_steps(client, inc), there=False, said=False)
+    assert said["error"]["kind"] == "cancelled"
+
+
+def test_a_look_is_counted(client, leased):
+    leased(client.group(Task("a", inc, 1)), there=True, said=True)
+    request = Request(RUN, client.secrets, "bucket", 0, [], lease=name_of("lease"), leased=True)
+    request.groups = [client.group(Task("b", inc, 1))]
+    reply = handler.handler(json.loads(json.dumps(request.to_json())), CONTEXT)
+    assert reply["s3"]["gets"] == 2  # before the group and before its task
 
 
 def test_while_s3_does_not_answer_nobody_is_stopped(client, leased, monkeypatch):
     def refuse(self, name):
-        self._count(gets=1)
         raise StoreError("transient", "s3:GetObject: no answer")
 
     monkeypatch.setattr(Store, "exists", refuse)
-    (said,) = leased(three_steps(client, look_often), there=False, said=True)
+    (said,) = leased(three_steps(client, inc), there=False, said=True)
     assert len(said["outputs"]) == 2
 
 
-def test_without_a_lease_nobody_looks(client):
-    group = client.group(Task("a", lambda: [t.name for t in threading.enumerate()]))
-    (said,) = client.call(group)
-    assert "lease" not in client.load(said["outputs"][0])
+def test_nobody_waits_for_an_answer_that_takes_long(client, leased, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(lease, "WAIT", 0.0)
+    monkeypatch.setattr(Store, "exists", lambda self, name: not answer.wait(20))
+    (said,) = leased(three_steps(client, inc), there=False, said=True)
+    answer.set()
+    assert len(said["outputs"]) == 2
+
+
+def test_a_short_invocation_does_not_look(client):
+    request = Request(RUN, client.secrets, "bucket", 0, [client.group(Task("a", inc, 1))])
+    request.lease, request.leased = name_of("lease"), True
+    reply = handler.handler(json.loads(json.dumps(request.to_json())), CONTEXT)
+    assert len(reply["groups"][0]["outputs"]) == 1
+    assert reply["s3"]["gets"] == 0
 
 
 # -- memory --------------------------------------------------------------------------------------
