@@ -1,6 +1,7 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: objects, run, kept_folder, reuse, state, plan, graph, encode, failures, the ground.
+May import: sending, objects, run, kept_folder, reuse, state, plan, graph, encode, failures, the
+ground.
 
 An :class:`Engine` is one asyncio loop in one background thread, so that it works in scripts, in
 notebooks (where a loop is running already) and inside other schedulers.  All runs of a scheduler
@@ -23,7 +24,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dask_lambda import errors, failures
 from dask_lambda.config import MAX_MEMORY
@@ -52,10 +53,11 @@ from dask_lambda.events import (
 from dask_lambda.graph import short
 from dask_lambda.kept_folder import Folder, Inventory, survey, write_manifest
 from dask_lambda.kept_runs import KeptRun
-from dask_lambda.objects import Objects, told_outputs
+from dask_lambda.objects import Objects
 from dask_lambda.plan import Group, Plan
 from dask_lambda.reuse import apart
 from dask_lambda.run import Learn, Result, Run, RunFailed, RunSucceeded, Sealed, fetch_sealed
+from dask_lambda.sending import Backend, Sender
 from dask_lambda.splitting import split
 from dask_lambda.state import State
 from lambda_worker import protocol
@@ -64,7 +66,7 @@ from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
 
 if TYPE_CHECKING:
-    from dask_lambda.invoke import Reply
+    pass
 
 logger = logging.getLogger("dask_lambda")
 
@@ -77,33 +79,6 @@ MAX_HELD_BYTES = 256 * 2**20
 CLOSE_SECONDS = 0.5
 #: How long obstore's threads get at the end of the interpreter, to hand over what is done.
 REST_SECONDS = 0.05
-
-
-REFUSALS = (FailureKind.THROTTLED, FailureKind.RATE_LIMITED)
-
-
-class Backend(Protocol):
-    """Where invocations and objects go."""
-
-    #: With ``open``, ``close``, ``check`` and ``invoke``, as LambdaInvoker; from the usual function
-    #: to those with more memory.
-    invokers: Sequence[Any]
-    bucket_name: str
-    bucket: Any  #: an obstore store
-    prefix: str
-    window: int
-    function: str
-    region: str
-    endpoint_url: str | None
-
-    def is_alive(self) -> bool:
-        """Whether it can still be reached, as far as is known without asking it."""
-
-    def check(self) -> None:
-        """Raise an error that says why it cannot be reached any more, if that is known."""
-
-    def refresh(self) -> None:
-        """Look for credentials anew, since AWS says that these have expired."""
 
 
 def _smaller(run: Run, group: Group) -> list[Group]:
@@ -152,6 +127,7 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._fetching = asyncio.Semaphore(FETCHES)
         self._store = Store(backend.bucket)
+        self._sender = Sender(backend, self.prices)
         self._objects = Objects(self._store, self._spawn, self.load, backend.refresh)
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -455,7 +431,8 @@ class Engine:
         groups = instruction.groups
         outcomes: Sequence[Done | Failure] | Failure
         try:
-            outcomes = await self._outcomes(run, instruction)
+            inline = run.inline_bytes if self._held() < MAX_HELD_BYTES else 0
+            outcomes = await self._sender.send(run, instruction, inline)
         except StoreError as error:
             outcomes = failures.from_store_error(error)
         except errors.DaskLambdaError as error:
@@ -474,90 +451,6 @@ class Engine:
         self._handle(
             InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole, run.spent - usd)
         )
-
-    async def _outcomes(self, run: Run, instruction: Invoke) -> Sequence[Done | Failure] | Failure:
-        """Send an invocation; return what became of each group, or of it as a whole."""
-        groups = instruction.groups
-        invoker = self.backend.invokers[instruction.rung]
-        if len(groups) == 1 and (failure := self._too_large(run, groups[0], invoker.memory_mb)):
-            return failure
-        inline = run.inline_bytes if self._held() < MAX_HELD_BYTES else 0
-        payload = await run.encoder.payload(groups, run.values, inline)
-        if run.over:  # cancelled or failed meanwhile: do not spend money
-            return Failure(FailureKind.FATAL)
-        sent = time.monotonic()
-        with run.encoder.lease.held():
-            reply: Reply = await invoker.invoke(payload)
-        if reply.ran and reply.content is None and reply.billed_ms is None:  # nobody says how long
-            gb_seconds = (time.monotonic() - sent) * (invoker.memory_mb or MAX_MEMORY) / 1024
-            run.unbilled += gb_seconds * self.prices.lambda_gb_second
-        self._count(run, instruction, reply, invoker.memory_mb)
-        content = reply.content
-        if content is None or "refused" in content:
-            if reply.ran:
-                run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
-            if content is not None:
-                failure = failures.from_refusal(content["refused"])
-            else:
-                assert reply.failure is not None
-                failure = reply.failure
-                if not reply.answered:
-                    await asyncio.to_thread(self.backend.check)
-            return failure
-        if "error" in content:  # the worker could not read the list of groups
-            return failures.from_record(content["error"])
-        if len(content["groups"]) != len(groups):
-            said = f"{len(content['groups'])} groups in a reply to {len(groups)}"
-            return failures.from_foreign_reply(said.encode(), invoker.function)
-        outcomes: list[Done | Failure] = []
-        seconds = content["milliseconds"] / 1e3 / len(groups)  # batches are of one kind
-        for group, record in zip(groups, content["groups"], strict=True):
-            left = record.get("left", ())
-            run.uncertain.update(name for name in left if protocol.run_of(name) == run.name)
-            if "error" in record:  # perhaps after one of its outputs was written
-                run.uncertain.update(map(run.object_name, group.outputs))
-                leased = run.encoder.lease.there
-                outcomes.append(failures.from_record(record["error"], leased=leased))
-            else:
-                run.counts.compute_seconds += record["seconds"]
-                outcomes.append(Done(seconds, await self._result(run, group, record)))
-        return outcomes
-
-    def _too_large(self, run: Run, group: Group, memory_mb: int | None) -> Failure | None:
-        """Refuse a task that needs more than the function's memory, before it is paid for."""
-        if len(group.tasks) > 1 or memory_mb is None:
-            return None
-        nbytes = sum(run.values[key].size for key in group.inputs)
-        for what, needed in (("its inputs take", nbytes), ("it is said to need", group.memory)):
-            if needed > memory_mb * 2**20:
-                return failures.from_needs(needed, memory_mb, what)
-        return None
-
-    def _count(self, run: Run, instruction: Invoke, reply: Reply, memory_mb: int | None) -> None:
-        counts = run.counts
-        if reply.failure is not None and reply.failure.kind in REFUSALS:
-            counts.throttles += 1
-        elif reply.ran:
-            counts.invocations += 1
-            counts.speculative += instruction.speculative
-        if instruction.tries and not instruction.speculative:
-            counts.retries += 1
-        if reply.content is not None:
-            counts.add_reply(reply.content, reply.billed_ms)
-        elif reply.billed_ms is not None:
-            counts.add_billed(reply.billed_ms, memory_mb or 0)
-
-    async def _result(self, run: Run, group: Group, record: dict[str, Any]) -> Result:
-        """Read what a worker says of a group that is done."""
-        told = told_outputs(run, group, record["outputs"])
-        sealed = None
-        if run.watch_values and not run.over:
-            value = told[0][1]
-            if value.data is None:
-                sealed = await fetch_sealed(run.store, value, run.secret)
-            else:
-                sealed = Sealed(value.data, run.secret, value.name)
-        return Result(told, record.get("tasks", {}), sealed)
 
     def _accept(self, run: Run, group: Group, result: Result) -> None:
         """Note where a group's outputs are, and fetch those that the caller wants."""

@@ -117,6 +117,10 @@ class Encoder:
         """Return the name of one of the run's objects."""
         return protocol.object_name(self._prefix, self.run, label)
 
+    def owns(self, name: str) -> bool:
+        """Whether an object is one of the run's."""
+        return protocol.run_of(name) == self.run
+
     def folder(self, shard: str) -> str:
         """Return where the run's objects of one shard are."""
         return f"{shard}/{self._prefix}/{self.run}"

@@ -18,7 +18,7 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
     *("__main__", "cli", "__init__", "cleaning", "scheduler", "resume", "annotations"),
-    *("dispatch", "objects", "run", "kept_folder", "kept_runs", "lifecycle"),
+    *("dispatch", "sending", "objects", "run", "kept_folder", "kept_runs", "lifecycle"),
     *("simulate", "bounds", "timeline", "aws_model"),
     *(
         "invoke",

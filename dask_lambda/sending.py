@@ -1,0 +1,165 @@
+"""One invocation, from the instruction to what became of its groups.
+
+May import: objects, run, events, failures, config, cost, the ground.  To be used in the engine's
+thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dask_lambda import failures
+from dask_lambda.config import MAX_MEMORY
+from dask_lambda.cost import Prices
+from dask_lambda.events import Done, Failure, FailureKind, Invoke
+from dask_lambda.objects import told_outputs
+from dask_lambda.plan import Group
+from dask_lambda.run import Result, Run, Sealed, fetch_sealed
+
+if TYPE_CHECKING:
+    from dask_lambda.invoke import Reply
+
+REFUSALS = (FailureKind.THROTTLED, FailureKind.RATE_LIMITED)
+
+
+class Backend(Protocol):
+    """Where invocations and objects go."""
+
+    #: With ``open``, ``close``, ``check`` and ``invoke``, as LambdaInvoker; from the usual function
+    #: to those with more memory.
+    invokers: Sequence[Any]
+    bucket_name: str
+    bucket: Any  #: an obstore store
+    prefix: str
+    window: int
+    function: str
+    region: str
+    endpoint_url: str | None
+
+    def is_alive(self) -> bool:
+        """Whether it can still be reached, as far as is known without asking it."""
+
+    def check(self) -> None:
+        """Raise an error that says why it cannot be reached any more, if that is known."""
+
+    def refresh(self) -> None:
+        """Look for credentials anew, since AWS says that these have expired."""
+
+
+class Sender:
+    """Sends the invocations of one engine.
+
+    Parameters
+    ----------
+    backend : Backend
+    prices : Prices
+    """
+
+    def __init__(self, backend: Backend, prices: Prices):
+        self._backend = backend
+        self._prices = prices
+
+    async def send(
+        self, run: Run, instruction: Invoke, inline_bytes: int
+    ) -> Sequence[Done | Failure] | Failure:
+        """Send an invocation; return what became of each group, or of it as a whole.
+
+        Parameters
+        ----------
+        run : Run
+        instruction : Invoke
+        inline_bytes : int
+            Results up to this size travel in the reply.
+
+        Raises
+        ------
+        StoreError
+            If the payload needs S3, and S3 fails.
+        DaskLambdaError
+            If there can be no payload, or the reply is not believed.
+        """
+        groups = instruction.groups
+        invoker = self._backend.invokers[instruction.rung]
+        if len(groups) == 1 and (failure := self._too_large(run, groups[0], invoker.memory_mb)):
+            return failure
+        payload = await run.encoder.payload(groups, run.values, inline_bytes)
+        if run.over:  # cancelled or failed meanwhile: do not spend money
+            return Failure(FailureKind.FATAL)
+        sent = time.monotonic()
+        with run.encoder.lease.held():
+            reply: Reply = await invoker.invoke(payload)
+        if reply.ran and reply.content is None and reply.billed_ms is None:  # nobody says how long
+            gb_seconds = (time.monotonic() - sent) * (invoker.memory_mb or MAX_MEMORY) / 1024
+            run.unbilled += gb_seconds * self._prices.lambda_gb_second
+        self._count(run, instruction, reply, invoker.memory_mb)
+        content = reply.content
+        if content is None or "refused" in content:
+            if reply.ran:
+                run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
+            if content is not None:
+                failure = failures.from_refusal(content["refused"])
+            else:
+                assert reply.failure is not None
+                failure = reply.failure
+                if not reply.answered:
+                    await asyncio.to_thread(self._backend.check)
+            return failure
+        if "error" in content:  # the worker could not read the list of groups
+            return failures.from_record(content["error"])
+        if len(content["groups"]) != len(groups):
+            said = f"{len(content['groups'])} groups in a reply to {len(groups)}"
+            return failures.from_foreign_reply(said.encode(), invoker.function)
+        outcomes: list[Done | Failure] = []
+        seconds = content["milliseconds"] / 1e3 / len(groups)  # batches are of one kind
+        for group, record in zip(groups, content["groups"], strict=True):
+            run.uncertain.update(filter(run.encoder.owns, record.get("left", ())))
+            if "error" in record:  # perhaps after one of its outputs was written
+                run.uncertain.update(map(run.object_name, group.outputs))
+                leased = run.encoder.lease.there
+                outcomes.append(failures.from_record(record["error"], leased=leased))
+            else:
+                run.counts.compute_seconds += record["seconds"]
+                outcomes.append(Done(seconds, await self._result(run, group, record)))
+        return outcomes
+
+    @staticmethod
+    def _too_large(run: Run, group: Group, memory_mb: int | None) -> Failure | None:
+        """Refuse a task that needs more than the function's memory, before it is paid for."""
+        if len(group.tasks) > 1 or memory_mb is None:
+            return None
+        nbytes = sum(run.values[key].size for key in group.inputs)
+        for what, needed in (("its inputs take", nbytes), ("it is said to need", group.memory)):
+            if needed > memory_mb * 2**20:
+                return failures.from_needs(needed, memory_mb, what)
+        return None
+
+    @staticmethod
+    def _count(run: Run, instruction: Invoke, reply: Reply, memory_mb: int | None) -> None:
+        counts = run.counts
+        if reply.failure is not None and reply.failure.kind in REFUSALS:
+            counts.throttles += 1
+        elif reply.ran:
+            counts.invocations += 1
+            counts.speculative += instruction.speculative
+        if instruction.tries and not instruction.speculative:
+            counts.retries += 1
+        if reply.content is not None:
+            counts.add_reply(reply.content, reply.billed_ms)
+        elif reply.billed_ms is not None:
+            counts.add_billed(reply.billed_ms, memory_mb or 0)
+
+    @staticmethod
+    async def _result(run: Run, group: Group, record: dict[str, Any]) -> Result:
+        """Read what a worker says of a group that is done."""
+        told = told_outputs(run, group, record["outputs"])
+        sealed = None
+        if run.watch_values and not run.over:
+            value = told[0][1]
+            if value.data is None:
+                sealed = await fetch_sealed(run.store, value, run.secret)
+            else:
+                sealed = Sealed(value.data, run.secret, value.name)
+        return Result(told, record.get("tasks", {}), sealed)
