@@ -444,12 +444,13 @@ def test_a_callback_that_looks_at_values_sees_all_of_them(connect: Connect, mark
 # -- a killed client ------------------------------------------------------------------------------
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 import dask, dask.array as da, numpy as np
 from dask import delayed
 from dask_lambda import LambdaScheduler, last_report
 
 what, marks, function, bucket, endpoint = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 scheduler = LambdaScheduler(backend="aws", function=function, bucket=bucket, region="us-east-1",
                             endpoint_url=endpoint, concurrency=2, resume="killed")
 
@@ -513,9 +514,17 @@ print(report.tasks, report.reused, flush=True)
 """
 
 
-@pytest.mark.parametrize(("what", "total"), [("cholesky", 21), ("delayed", 61), ("draws", 60)])
-def test_a_killed_client_loses_nothing_that_was_committed(
-    aws: Any, credentials: dict[str, str], marks: Marks, what: str, total: int
+@pytest.mark.parametrize(
+    ("what", "total", "number"),
+    [
+        ("cholesky", 21, signal.SIGKILL),
+        ("delayed", 61, signal.SIGKILL),
+        ("draws", 60, signal.SIGKILL),
+        ("draws", 60, signal.SIGINT),
+    ],
+)
+def test_a_client_that_is_stopped_loses_nothing_that_was_committed(
+    aws: Any, credentials: dict[str, str], marks: Marks, what: str, total: int, number: int
 ) -> None:
     def client(seed: int) -> subprocess.Popen[str]:
         arguments = [what, str(marks.path), aws.function, aws.bucket, aws.endpoint_url]
@@ -536,11 +545,11 @@ def test_a_killed_client_loses_nothing_that_was_committed(
     try:
         assert eventually(lambda: sum(marks.counts().values()) >= total // 2, 60)
     finally:
-        killed.send_signal(signal.SIGKILL)
-        killed.communicate()
+        killed.send_signal(number)
+        killed.communicate(timeout=30)
     record = kept_runs.read("killed")
     assert record is not None
-    assert record.status == "running"
+    assert record.status == ("running" if number == signal.SIGKILL else "failed")
     done = sum(marks.counts().values())
     assert done < total
 
