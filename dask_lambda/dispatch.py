@@ -265,8 +265,9 @@ class Engine:
     def cancel(self, run: Run, patience: float) -> None:
         """Stop a run: nothing more is sent, and what it has written is deleted.
 
-        What is in flight goes on in Lambda (nobody can stop it); its outputs are deleted as it
-        ends.  Returns after the first deletion, or after ``patience`` seconds.
+        What is in flight cannot be called back: it stops when it finds the lease gone, and its
+        outputs are deleted as it ends.  Returns after the first deletion, or after ``patience``
+        seconds.
         """
         done = self._call(self._cancel(run))
         with suppress(TimeoutError):
@@ -276,7 +277,8 @@ class Engine:
         """Load a stored result, in any other thread than the engine's."""
         claim_process()
         secret = self._objects.secret_of(reference)
-        sealed: Sealed = self._call(fetch_sealed(self._store, reference, secret)).result()
+        work = partial(fetch_sealed, self._store, reference, secret)
+        sealed: Sealed = self._call(self._patiently(PATIENCE, work)).result()
         return sealed.load()
 
     def survey(self, record: KeptRun) -> Inventory:
@@ -506,6 +508,9 @@ class Engine:
             return failure
         if "error" in content:  # the worker could not read the list of groups
             return failures.from_record(content["error"])
+        if len(content["groups"]) != len(groups):
+            said = f"{len(content['groups'])} groups in a reply to {len(groups)}"
+            return failures.from_foreign_reply(said.encode(), invoker.function)
         outcomes: list[Done | Failure] = []
         seconds = content["milliseconds"] / 1e3 / len(groups)  # batches are of one kind
         for group, record in zip(groups, content["groups"], strict=True):
@@ -598,7 +603,7 @@ class Engine:
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
             work = partial(fetch_sealed, run.store, value, run.secret)
-            run.results[key] = await self._patiently(run, work)
+            run.results[key] = await self._patiently(run.patience, work)
 
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a result that another run has stored."""
@@ -606,14 +611,16 @@ class Engine:
         secret = self._objects.secret_of(reference)
         async with self._fetching:
             work = partial(fetch_sealed, run.store, reference, secret)
-            run.results[key] = await self._patiently(run, work)
+            run.results[key] = await self._patiently(run.patience, work)
 
-    async def _patiently(self, run: Run, work: Callable[[], Coroutine[Any, Any, Sealed]]) -> Sealed:
-        """Do something with S3, again and again for as long as a run is patient.
+    async def _patiently(
+        self, patience: float, work: Callable[[], Coroutine[Any, Any, Sealed]]
+    ) -> Sealed:
+        """Do something with S3, again and again for as long as patience lasts.
 
         Each request was tried for a while already; but all has been computed, and would be lost.
         """
-        deadline = self._loop.time() + run.patience
+        deadline = self._loop.time() + patience
         delay = RENEW_SECONDS
         while True:
             try:

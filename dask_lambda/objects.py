@@ -18,7 +18,7 @@ from dask_lambda.kept_folder import Folder, is_data, leftovers
 from dask_lambda.plan import Group
 from dask_lambda.run import Run
 from lambda_worker import protocol
-from lambda_worker.errors import StoreError
+from lambda_worker.errors import RequestError, StoreError
 from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
 
@@ -39,7 +39,10 @@ def told_outputs(run: Run, group: Group, records: Any) -> list[tuple[Key, Value]
     IntegrityError
         If it names anything but this group's outputs.
     """
-    values = [Value.from_json(record) for record in records]
+    try:
+        values = [Value.from_json(record) for record in records]
+    except RequestError as error:
+        raise errors.IntegrityError(f"a reply makes no sense: {error}; it was not used") from None
     if len(values) != len(group.outputs):
         raise errors.IntegrityError(
             f"a reply tells of {len(values)} outputs of a group that has {len(group.outputs)}; "
@@ -118,15 +121,21 @@ class Objects:
         outputs : iterable of (key, Value)
             What the reply told (:func:`told_outputs`).
         """
-        names = []
+        names: list[str] = []
+        stay = self._staying(run)
         for key, value in outputs:
             if value.data is None:
-                needed = run.values.get(key) or run.kept.get(key)
-                read = [] if needed is None or needed.data is not None else [needed.name]
-                if value.name in read:  # the very same: the pointer to it is needed no less
-                    continue
+                needed = run.values.get(key)
+                if needed is not None and needed.data is None and needed.name == value.name:
+                    continue  # the very same: the pointer to it is needed no less
+                read = stay if needed is None or needed.data is not None else {needed.name}
                 names += [name for name in protocol.objects_of(value.name) if name not in read]
         self.discard(run, names)
+
+    def _staying(self, run: Run) -> set[str]:
+        """Return the objects of a run's results that stay."""
+        _, names = self._kept.get(run.name, (b"", ()))
+        return {each for name in names for each in protocol.objects_of(name)}
 
     def discard(self, run: Run, names: Iterable[str]) -> None:
         """Delete objects soon, many at a time."""
@@ -162,6 +171,7 @@ class Objects:
         names = run.encoder.take_written()
         if run.drained.is_set():
             names |= run.uncertain | await self._find_lost(run)
+            names -= self._staying(run)  # which another attempt may have failed at
             run.uncertain, run.lost = set(), set()
         run.trash.extend(names.difference(run.trash))
         await self._empty(run)
@@ -203,8 +213,7 @@ class Objects:
                 found.update(names)
         except StoreError as error:
             logger.warning("what lost invocations have left behind is not known: %s", error)
-        kept = {name for v in run.kept.values() for name in protocol.objects_of(v.name)}
-        return found - kept
+        return found
 
     async def _list(self, run: Run, folder: str) -> list[str]:
         return [name async for name in run.store.list_async(folder)]
@@ -222,7 +231,6 @@ class Objects:
             value = run.values.pop(key)
             run.held -= run.inline.pop(key, 0)
             run.encoder.written.discard(value.name)
-            run.uncertain.discard(value.name)
             names.add(value.name)
             run.kept[key] = value
         self._kept[run.name] = run.secret, names

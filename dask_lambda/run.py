@@ -34,6 +34,9 @@ class Sealed(NamedTuple):
     name: str
     verified: bool = False
 
+    def __repr__(self) -> str:  # which error reports may show
+        return f"Sealed({self.name!r})"
+
     def load(self) -> Any:
         """Verify, if that was not done, and unpickle."""
         if not self.verified:
@@ -131,7 +134,7 @@ class Run:
     store: Store
     encoder: Encoder
     name: str
-    secret: bytes
+    secret: bytes = field(repr=False)
     inline_bytes: int
     keep_results: bool
     watch: bool

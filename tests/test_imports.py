@@ -26,6 +26,7 @@ ENGINE = [
         "pickling",
         "lease",
         "failures",
+        "replies",
         "state",
         "books",
         "events",
@@ -68,7 +69,7 @@ PURE = [
         "graph",
         "cost_model",
     ),
-    *("kernels", "failures", "cost", "simulate", "bounds", "timeline", "aws_model"),
+    *("kernels", "failures", "replies", "cost", "simulate", "bounds", "timeline", "aws_model"),
 ]
 WORLD = {
     *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),

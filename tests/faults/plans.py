@@ -98,7 +98,7 @@ INTENSITIES = {
     "30 % of invocations fail": Intensity(
         0.3, only=frozenset({"500", "503", "reset before", "reset after", "kill", "exit"})
     ),
-    "throttles": Intensity(0.5, only=frozenset({"throttle"})),
+    "throttles": Intensity(0.3, only=frozenset({"throttle"})),
     "duplicates": Intensity(
         0.5, 0.05, only=frozenset({"duplicate", "reset during", "reset after", "stall after"})
     ),
@@ -153,7 +153,9 @@ def _error(status: int) -> Maker:
 
 
 def _throttle(rng: random.Random) -> Fault:
-    return Fault("throttle", throttle(rng.choice(REASONS)), "throttle")
+    """Throttle: mostly for too many at a time, after which an engine soon comes back."""
+    weights = [1 if "Rate" in reason else 5 for reason in REASONS]
+    return Fault("throttle", throttle(rng.choices(REASONS, weights)[0]), "throttle")
 
 
 def _either(name: str, make: Callable[..., Answer], bound: str) -> Maker:
@@ -214,7 +216,7 @@ _S3 = (
 #: What can happen to each kind of request, and how likely it is: name, weight, fault.
 MENUS: dict[str, tuple[tuple[str, float, Maker], ...]] = {
     "invoke": (
-        ("throttle", 4, _throttle),
+        ("throttle", 2, _throttle),
         ("500", 1, _error(500)),
         ("502", 1, _error(502)),
         ("503", 1, _error(503)),
