@@ -79,6 +79,7 @@ bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.plans
 	@$(BIN)/python -m benchmarks.cold_start
 	@$(BIN)/python -m benchmarks.compression
+	@$(BIN)/python -m benchmarks.resume
 	@$(BIN)/python -m benchmarks.faults
 	@$(BIN)/python -m benchmarks.aws_model --small
 	@$(MAKE) --no-print-directory bench-peers

@@ -10,7 +10,6 @@ and who has it needs the user's AWS credentials as well.  One process uses a nam
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import re
@@ -190,6 +189,8 @@ def locked(name: str) -> Iterator[None]:
     ConfigurationError
         If somebody else uses it; the message says who.
     """
+    import fcntl  # not on Windows, where the rest of this package can be imported
+
     check_name(name)
     path = _directory() / f"{name}.lock"
     while True:

@@ -40,7 +40,7 @@ ENGINE = [
         "grouping",
     ),
     *("tiling", "units"),
-    *("folding", "fingerprint"),
+    *("folding", "fingerprint", "digest"),
     *("history", "estimates", "graph", "cost_model", "kernels"),
     *("report", "cost", "config", "credentials", "signals", "errors"),
 ]
@@ -50,7 +50,7 @@ GROUND = [
     *("cache", "memory", "protocol", "errors"),
 ]
 PURE = [
-    *("fingerprint", "reuse", "lifecycle"),
+    *("fingerprint", "digest", "reuse", "lifecycle"),
     *(
         "state",
         "books",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import dask.array as da
 import numpy as np
 import pytest
 from dask import delayed
@@ -200,6 +201,18 @@ def test_what_failed_goes_on_where_it_failed(
     assert report().reused == 4
     assert set(marks.counts().values()) == {1}
     assert len(labels(bucket_names())) == 1
+
+
+def test_data_that_is_there_is_not_uploaded_again(connect: Connect, bucket_names: Names) -> None:
+    data = np.arange(160_000.0).reshape(4, 40_000)
+    x = da.from_array(data, chunks=(1, -1))
+    scheduler = connect(resume="data", keep=True)
+    for number in range(2):
+        total = (x + number).sum().compute(scheduler=scheduler)
+        assert total == data.sum() + number * data.size
+        frames = {label for label in labels(bucket_names()) if label.startswith("frame-")}
+        assert len(frames) == 4
+        assert (report().bytes_written > data.nbytes) == (number == 0)
 
 
 # -- objects that are not what they should be -----------------------------------------------------
@@ -402,7 +415,7 @@ def test_tasks_without_a_fingerprint_run_each_time(
         def __reduce_ex__(self, protocol: Any) -> Any:
             import sys
 
-            if "dask_lambda.fingerprint" in sys._getframe(1).f_globals.get("__name__", ""):
+            if "dask_lambda.digest" in sys._getframe(1).f_globals.get("__name__", ""):
                 raise TypeError("not today")
             return Moody, ()
 
@@ -444,12 +457,13 @@ def test_a_callback_that_looks_at_values_sees_all_of_them(connect: Connect, mark
 # -- a killed client ------------------------------------------------------------------------------
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 import dask, dask.array as da, numpy as np
 from dask import delayed
 from dask_lambda import LambdaScheduler, last_report
 
 what, marks, function, bucket, endpoint = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 scheduler = LambdaScheduler(backend="aws", function=function, bucket=bucket, region="us-east-1",
                             endpoint_url=endpoint, concurrency=2, resume="killed")
 
@@ -513,9 +527,17 @@ print(report.tasks, report.reused, flush=True)
 """
 
 
-@pytest.mark.parametrize(("what", "total"), [("cholesky", 21), ("delayed", 61), ("draws", 60)])
-def test_a_killed_client_loses_nothing_that_was_committed(
-    aws: Any, credentials: dict[str, str], marks: Marks, what: str, total: int
+@pytest.mark.parametrize(
+    ("what", "total", "number"),
+    [
+        ("cholesky", 21, signal.SIGKILL),
+        ("delayed", 61, signal.SIGKILL),
+        ("draws", 60, signal.SIGKILL),
+        ("draws", 60, signal.SIGINT),
+    ],
+)
+def test_a_client_that_is_stopped_loses_nothing_that_was_committed(
+    aws: Any, credentials: dict[str, str], marks: Marks, what: str, total: int, number: int
 ) -> None:
     def client(seed: int) -> subprocess.Popen[str]:
         arguments = [what, str(marks.path), aws.function, aws.bucket, aws.endpoint_url]
@@ -536,11 +558,11 @@ def test_a_killed_client_loses_nothing_that_was_committed(
     try:
         assert eventually(lambda: sum(marks.counts().values()) >= total // 2, 60)
     finally:
-        killed.send_signal(signal.SIGKILL)
-        killed.communicate()
+        killed.send_signal(number)
+        killed.communicate(timeout=30)
     record = kept_runs.read("killed")
     assert record is not None
-    assert record.status == "running"
+    assert record.status == ("running" if number == signal.SIGKILL else "failed")
     done = sum(marks.counts().values())
     assert done < total
 
