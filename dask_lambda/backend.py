@@ -40,6 +40,10 @@ class AWSBackend:
     is_alive: Callable[[], bool]
     check: Callable[[], None]
     refresh: Callable[[], None]  #: look for credentials anew, since these have expired
+    function: str
+    region: str
+    endpoint_url: str | None
+    s3: Callable[[], Any]  #: makes a botocore client, for what is no matter of a run
 
 
 def open_backend(settings: Settings) -> AWSBackend:
@@ -96,6 +100,10 @@ def _local(settings: Settings) -> AWSBackend:
         is_alive=aws.is_alive,
         check=partial(aws.check, wait=CHECK_SECONDS),
         refresh=lambda: None,
+        function=aws.function,
+        region=aws.region,
+        endpoint_url=aws.endpoint_url,
+        s3=partial(aws.client, "s3"),
     )
 
 
@@ -185,4 +193,8 @@ def _aws(settings: Settings) -> AWSBackend:
         is_alive=lambda: True,
         check=lambda: None,
         refresh=credentials.refresh,
+        function=settings.function,
+        region=session.region_name,
+        endpoint_url=settings.endpoint_url,
+        s3=partial(session.client, "s3", endpoint_url=settings.endpoint_url),
     )

@@ -43,6 +43,7 @@ class Callbacks:
     def __init__(self, active: Sequence[Any], nodes: dict[Key, GraphNode]):
         self._nodes = nodes
         self._started: list[Any] = []
+        self._told: dict[Key, bool] = {}  # of which tasks: whether they are done
         self._active = active
         self._graph: Graph | None = None
         _, self._start_state, self._pretask, self._posttask, _ = unpack_callbacks(active)
@@ -77,7 +78,10 @@ class Callbacks:
         self._follow([key for key in self.state["ready"] if key in self._local])
 
     def task_started(self, key: Key) -> None:
-        """Tell that a task was sent off."""
+        """Tell that a task was sent off, once."""
+        if key in self._told:
+            return
+        self._told[key] = False
         assert self._graph is not None
         ready = self.state["ready"]
         for place in range(len(ready) - 1, -1, -1):  # the next one is usually the last
@@ -89,7 +93,9 @@ class Callbacks:
             callback(key, self._graph.source, self.state)
 
     def task_finished(self, key: Key, value: Any) -> None:
-        """Tell that a task is done."""
+        """Tell that a task is done, once."""
+        if self._told.get(key):
+            return
         self._finish(key, value)
         self._follow([k for k in self.state["dependents"][key] if k in self._local])
 
@@ -103,6 +109,7 @@ class Callbacks:
 
     def _finish(self, key: Key, value: Any) -> None:
         assert self._graph is not None
+        self._told[key] = True
         self.state["cache"][key] = value
         finish_task(self._graph.source, key, self.state, self._results, self._priorities.get)
         for callback in self._posttask:

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from dask_lambda.cleaning import Bucket, Cleaned
+    from dask_lambda.kept_runs import KeptRun
     from dask_lambda.local import LocalAWS
 
 #: Exit code of ``status`` when nothing runs, as with the init scripts of Unix services.
 NOT_RUNNING = 3
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 class _Group(click.Group):
@@ -113,6 +116,271 @@ def stop(as_json: bool) -> None:
         _print_json({"stopped": stopped})
     else:
         click.echo("stopped" if stopped else "not running")
+
+
+@main.group()
+def runs() -> None:
+    """Look at, or delete, what was computed with `resume` or `keep`."""
+
+
+@runs.command(name="list")
+@as_json
+def list_runs(as_json: bool) -> None:
+    """List the kept runs of this user on this machine."""
+    from dask_lambda import kept_runs
+
+    found = [_describe_run(name) for name in kept_runs.names()]
+    if as_json:
+        _print_json({"runs": found})
+        return
+    if not found:
+        click.echo("no runs are kept")
+    for each in found:
+        click.echo(f"{each['name']:24} {each['status']:8} {_holds(each):30} {each['used']}")
+
+
+@runs.command()
+@click.argument("name")
+@as_json
+def show(name: str, as_json: bool) -> None:
+    """Show one kept run: what it has in S3, and what that costs."""
+    found = _describe_run(_record(name).name)
+    if as_json:
+        _print_json(found)
+        return
+    for field in ("name", "status", "created", "used", "tasks", "results", "bucket", "folder"):
+        click.echo(f"  {field:9} {found[field]}")
+    click.echo(f"  {'objects':9} {_holds(found)}")
+    if found["usd_per_month"] is not None:
+        click.echo(f"  {'storage':9} ${found['usd_per_month']:.4f} a month")
+
+
+@runs.command()
+@click.argument("name")
+@yes
+@as_json
+def delete(name: str, yes: bool, as_json: bool) -> None:
+    """Delete a kept run: its objects in S3 and its record here."""
+    from dask_lambda.cleaning import delete_run
+
+    record = _record(name)
+    _confirm(yes, as_json, f"Delete the kept run {name!r} with all of its objects?")
+    found = delete_run(record)
+    count = found.objects if found is not None else 0
+    if as_json:
+        _print_json({"deleted": name, "objects": count})
+    else:
+        click.echo(f"deleted {name}, {count:,} objects")
+
+
+@main.command()
+@click.option(
+    "--older-than",
+    required=True,
+    metavar="TIME",
+    help="Only runs whose newest object is older: 1d, 12h, 30m, 0s.",
+)
+@click.option("--kept", is_flag=True, help="Kept runs as well, and their records.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@yes
+@as_json
+def clean(older_than: str, kept: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Delete what killed clients have left in the configured bucket.
+
+    Only objects with names like ours are looked at.  A run that goes on writes objects, so choose
+    a time that no run is silent for.
+    """
+    from datetime import timedelta
+
+    from dask.utils import parse_timedelta
+
+    try:
+        age = timedelta(seconds=parse_timedelta(older_than, default=False))
+    except (KeyError, ValueError, TypeError) as error:
+        raise click.BadParameter(f"{older_than!r} is no time: use 1d, 12h, 30m or 0s") from error
+    bucket = _configured()
+    if bucket is None:
+        _nothing_there(as_json, {"runs": [], "uploads": 0})
+        return
+    found = bucket.clean(age, kept=kept, dry=True)
+    if not dry_run and (found.runs or found.uploads):
+        if not yes and not as_json:
+            _print_cleaned(found, bucket, "to be deleted")
+        _confirm(yes, as_json, "Delete them?")
+        found = bucket.clean(age, kept=kept)
+    if as_json:
+        described = [
+            {
+                "run": each.run,
+                "kept": each.kept,
+                "objects": each.objects,
+                "bytes": each.nbytes,
+                "newest": each.newest.isoformat(),
+            }
+            for each in found.runs
+        ]
+        _print_json({"runs": described, "uploads": found.uploads, "deleted": not dry_run})
+    else:
+        _print_cleaned(found, bucket, "would be deleted" if dry_run else "deleted")
+
+
+@main.group(name="lifecycle")
+def lifecycle_rules() -> None:
+    """Have S3 itself delete what killed clients leave behind."""
+
+
+@lifecycle_rules.command(name="show")
+@as_json
+def show_lifecycle(as_json: bool) -> None:
+    """Say after how many days the configured bucket deletes our objects."""
+    from dask_lambda.kept_folder import kept_prefix
+    from dask_lambda.lifecycle import days_of
+
+    bucket = _configured()
+    if bucket is None:
+        _nothing_there(as_json, {"days": None, "kept_days": None})
+        return
+    rules = bucket.rules()
+    days = days_of(rules, bucket.place.prefix)
+    kept_days = days_of(rules, kept_prefix(bucket.place.prefix))
+    if as_json:
+        _print_json({"days": days, "kept_days": kept_days})
+        return
+    for what, number in (("objects of runs", days), ("kept runs", kept_days)):
+        said = f"are deleted after {number} days" if number else "are not deleted"
+        click.echo(f"{what} {said}")
+
+
+@lifecycle_rules.command()
+@click.option("--days", type=click.IntRange(min=1), required=True, help="Age of the objects.")
+@click.option("--kept", is_flag=True, help="Kept runs as well.")
+@as_json
+def install(days: int, kept: bool, as_json: bool) -> None:
+    """Add our rules to those of the configured bucket; others stay as they are."""
+    bucket = _configured()
+    if bucket is None:
+        _nothing_there(as_json, {"installed": False})
+        return
+    bucket.install(days, kept=kept)
+    if as_json:
+        _print_json({"installed": True, "days": days, "kept": kept})
+    else:
+        click.echo(f"objects in {bucket.place.bucket} are deleted after {days} days")
+
+
+@lifecycle_rules.command()
+@as_json
+def remove(as_json: bool) -> None:
+    """Remove our rules from the configured bucket, and no others."""
+    bucket = _configured()
+    if bucket is None:
+        _nothing_there(as_json, {"removed": False})
+        return
+    bucket.uninstall()
+    if as_json:
+        _print_json({"removed": True})
+    else:
+        click.echo(f"{bucket.place.bucket} has none of our rules now")
+
+
+def _record(name: str) -> KeptRun:
+    from dask_lambda import kept_runs
+
+    record = kept_runs.read(name)
+    if record is None:
+        known = ", ".join(kept_runs.names()) or "none"
+        raise click.ClickException(f"there is no kept run {name!r}; there are: {known}")
+    return record
+
+
+def _describe_run(name: str) -> dict[str, Any]:
+    """Describe a kept run, without its secret."""
+    from datetime import UTC, datetime
+
+    from dask_lambda.cleaning import Bucket
+    from dask_lambda.cost import Prices
+    from dask_lambda.errors import DaskLambdaError
+    from dask_lambda.kept_folder import kept_prefix
+
+    record = _record(name)
+    objects: int | None = None
+    nbytes: int | None = None
+    try:
+        bucket = Bucket.of(record.place)
+        objects = nbytes = 0
+        if bucket is not None:
+            found = bucket.run(record.run, kept=True)
+            objects, nbytes = found.objects, found.nbytes
+    except DaskLambdaError as error:
+        objects = nbytes = None
+        click.echo(f"{name}: {error}", err=True)
+
+    def date(seconds: float) -> str:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+    return {
+        "name": record.name,
+        "status": record.status,
+        "created": date(record.created),
+        "used": date(record.used),
+        "tasks": record.tasks,
+        "results": len(record.results),
+        "function": record.function,
+        "bucket": record.place.bucket,
+        "endpoint_url": record.place.endpoint_url,
+        "folder": f"*/{kept_prefix(record.place.prefix)}/{record.run}/",
+        "objects": objects,
+        "bytes": nbytes,
+        "usd_per_month": None if nbytes is None else nbytes / 1e9 * Prices().s3_gb_month,
+    }
+
+
+def _holds(found: dict[str, Any]) -> str:
+    if found["objects"] is None:
+        return "unknown"
+    return f"{found['objects']:,} objects, {_size(found['bytes'])}"
+
+
+def _configured() -> Bucket | None:
+    from dask_lambda.cleaning import Bucket
+
+    return Bucket.configured()
+
+
+def _nothing_there(as_json: bool, answer: dict[str, Any]) -> None:
+    if as_json:
+        _print_json(answer)
+    else:
+        click.echo(
+            "no bucket is configured, and no embedded AWS is kept running: one that a program "
+            "starts for itself ends with it, and leaves nothing"
+        )
+
+
+def _print_cleaned(found: Cleaned, bucket: Bucket, what: str) -> None:
+    for each in found.runs:
+        kind = "kept run" if each.kept else "run"
+        newest = each.newest.isoformat(timespec="seconds")
+        click.echo(f"{kind} {each.run}: {each.objects:,} objects, {_size(each.nbytes)}, {newest}")
+    objects = sum(each.objects for each in found.runs)
+    click.echo(
+        f"{what} in {bucket.place.bucket}: {len(found.runs):,} runs with {objects:,} objects, "
+        f"{found.uploads:,} unfinished uploads"
+    )
+
+
+def _size(nbytes: int) -> str:
+    from dask.utils import format_bytes
+
+    return format_bytes(nbytes)
+
+
+def _confirm(yes: bool, as_json: bool, question: str) -> None:
+    if yes:
+        return
+    if as_json:
+        raise click.UsageError("with --json nobody is asked: add --yes")
+    click.confirm(question, abort=True)
 
 
 def _describe(aws: LocalAWS) -> dict[str, Any]:

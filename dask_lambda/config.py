@@ -51,6 +51,8 @@ class Settings:
     max_seconds: float | None
     larger_functions: dict[int, str]
     default_task_seconds: dict[str, float]
+    resume: str | None
+    keep: bool
 
     @classmethod
     def resolve(cls, **overrides: Any) -> Settings:
@@ -122,6 +124,8 @@ class Settings:
             "a mapping of key prefixes to seconds",
             lambda v: isinstance(v, dict) and all(_seconds(each) for each in v.values()),
         )
+        _check("resume", self.resume, "a name, or null", lambda v: v is None or _is_name(v))
+        _check("keep", self.keep, "true or false", lambda v: isinstance(v, bool))
         if self.backend == "aws" and not (self.function and self.bucket):
             missing = [n for n in ("function", "bucket") if not getattr(self, n)]
             raise ConfigurationError(

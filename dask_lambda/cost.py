@@ -22,12 +22,15 @@ class Prices:
         A PUT or LIST.
     s3_get : float
         A GET or HEAD.
+    s3_gb_month : float
+        A GB stored for a month.
     """
 
     lambda_request: float = 0.20e-6
     lambda_gb_second: float = 0.0000166667
     s3_put: float = 5e-6
     s3_get: float = 0.4e-6
+    s3_gb_month: float = 0.023
 
     def cost(
         self, *, invocations: int, gb_seconds: float, puts: int = 0, lists: int = 0, gets: int = 0

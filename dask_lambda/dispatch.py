@@ -1,6 +1,6 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: objects, run, state, plan, graph, encode, failures, the ground.
+May import: objects, run, kept_folder, reuse, state, plan, graph, encode, failures, the ground.
 
 An :class:`Engine` is one asyncio loop in one background thread, so that it works in scripts, in
 notebooks (where a loop is running already) and inside other schedulers.  All runs of a scheduler
@@ -19,7 +19,7 @@ import secrets as tokens
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -50,8 +50,11 @@ from dask_lambda.events import (
     Wake,
 )
 from dask_lambda.graph import short
+from dask_lambda.kept_folder import Folder, Inventory, survey, write_manifest
+from dask_lambda.kept_runs import KeptRun
 from dask_lambda.objects import Objects, told_outputs
 from dask_lambda.plan import Group, Plan
+from dask_lambda.reuse import apart
 from dask_lambda.run import Learn, Result, Run, RunFailed, RunSucceeded, Sealed, fetch_sealed
 from dask_lambda.splitting import split
 from dask_lambda.state import State
@@ -91,6 +94,9 @@ class Backend(Protocol):
     bucket: Any  #: an obstore store
     prefix: str
     window: int
+    function: str
+    region: str
+    endpoint_url: str | None
 
     def is_alive(self) -> bool:
         """Whether it can still be reached, as far as is known without asking it."""
@@ -100,6 +106,12 @@ class Backend(Protocol):
 
     def refresh(self) -> None:
         """Look for credentials anew, since AWS says that these have expired."""
+
+
+def _smaller(run: Run, group: Group) -> list[Group]:
+    """Split a group of a run; in what is kept, no part may be entangled."""
+    parts = split(run.graph, run.plan.repeated, group)
+    return parts if run.folder is None else apart(run.graph, run.plan.repeated, parts)
 
 
 _process: int | None = None  # the one in which obstore's threads are
@@ -174,6 +186,7 @@ class Engine:
         patience: float = PATIENCE,
         max_cost_usd: float | None = None,
         max_seconds: float | None = None,
+        folder: Folder | None = None,
     ) -> Run:
         """Start a run.
 
@@ -197,10 +210,25 @@ class Engine:
             Seconds for which a group is tried while the network or AWS fails.
         max_cost_usd, max_seconds : float, optional
             The run is stopped before it exceeds them.
+        folder : Folder, optional
+            Where the run's objects are, if they outlive it.  Then all results go there, and
+            ``inline_bytes`` is for the graph's own data.
         """
         readers = Counter(key for group in plan.groups for key in group.inputs)
         name, secret = tokens.token_hex(16), tokens.token_bytes(32)
         store = Store(self.backend.bucket)
+        objects: dict[str, Any] = {"prefix": self.backend.prefix, "run": name}
+        if folder is not None:
+            secret = folder.record.secret
+            objects = {
+                "prefix": folder.prefix,
+                "run": folder.record.run,
+                "label": folder.label,
+                "once": folder.once,
+                "present": folder.data,
+                "inline_literals": inline_bytes,
+            }
+            inline_bytes = 0
         run = Run(
             graph=plan.graph,
             plan=plan,
@@ -208,12 +236,11 @@ class Engine:
             encoder=Encoder(
                 plan.graph,
                 store,
-                prefix=self.backend.prefix,
                 bucket=self.backend.bucket_name,
-                run=name,
                 secret=secret,
                 secret_of=self._objects.secret_of,
                 compression=compression,
+                **objects,
             ),
             name=name,
             secret=secret,
@@ -227,6 +254,7 @@ class Engine:
             patience=patience,
             max_cost_usd=max_cost_usd,
             max_seconds=max_seconds,
+            folder=folder,
         )
         with self._lock:  # close() ends every run that was started before it
             if self.closed:
@@ -237,8 +265,9 @@ class Engine:
     def cancel(self, run: Run, patience: float) -> None:
         """Stop a run: nothing more is sent, and what it has written is deleted.
 
-        What is in flight goes on in Lambda (nobody can stop it); its outputs are deleted as it
-        ends.  Returns after the first deletion, or after ``patience`` seconds.
+        What is in flight cannot be called back: it stops when it finds the lease gone, and its
+        outputs are deleted as it ends.  Returns after the first deletion, or after ``patience``
+        seconds.
         """
         done = self._call(self._cancel(run))
         with suppress(TimeoutError):
@@ -248,8 +277,23 @@ class Engine:
         """Load a stored result, in any other thread than the engine's."""
         claim_process()
         secret = self._objects.secret_of(reference)
-        sealed: Sealed = self._call(fetch_sealed(self._store, reference, secret)).result()
+        work = partial(fetch_sealed, self._store, reference, secret)
+        sealed: Sealed = self._call(self._patiently(PATIENCE, work)).result()
         return sealed.load()
+
+    def survey(self, record: KeptRun) -> Inventory:
+        """See what a kept run has in the bucket; what means nothing any more is deleted.
+
+        Raises
+        ------
+        DaskLambdaError
+            If the bucket cannot be read.
+        """
+        return self._call(self._survey(record)).result()
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects of kept runs now."""
+        self._call(self._objects.delete(self._store, list(names))).result()
 
     def forget(self, name: str) -> None:
         """Delete a stored result that nobody refers to any more."""
@@ -324,13 +368,23 @@ class Engine:
                 await invoker.close()
             raise failures.to_exception(failure, "", {})
 
+    async def _survey(self, record: KeptRun) -> Inventory:
+        self._objects.adopt(record.run, record.secret)
+        try:
+            found = await survey(self._store, record)
+            await write_manifest(self._store, record)
+        except StoreError as error:
+            raise failures.to_exception(failures.from_store_error(error), "", {}) from error
+        await self._objects.delete(self._store, sorted(found.rubbish))
+        return found
+
     def _start(self, run: Run) -> None:
         self._runs[run.name] = run
         if not run.keep_results:
             for key in run.plan.fetch & run.graph.stored.keys():
                 self._fetch(run, self._fetch_stored(run, key))
         plan, auto = run.plan, run.plan.mode != "none"
-        smaller = partial(split, run.graph, plan.repeated) if auto else None
+        smaller = partial(_smaller, run) if auto else None
         self._handle(
             GroupsAdded(
                 run.name,
@@ -454,6 +508,9 @@ class Engine:
             return failure
         if "error" in content:  # the worker could not read the list of groups
             return failures.from_record(content["error"])
+        if len(content["groups"]) != len(groups):
+            said = f"{len(content['groups'])} groups in a reply to {len(groups)}"
+            return failures.from_foreign_reply(said.encode(), invoker.function)
         outcomes: list[Done | Failure] = []
         seconds = content["milliseconds"] / 1e3 / len(groups)  # batches are of one kind
         for group, record in zip(groups, content["groups"], strict=True):
@@ -546,7 +603,7 @@ class Engine:
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
             work = partial(fetch_sealed, run.store, value, run.secret)
-            run.results[key] = await self._patiently(run, work)
+            run.results[key] = await self._patiently(run.patience, work)
 
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a result that another run has stored."""
@@ -554,14 +611,16 @@ class Engine:
         secret = self._objects.secret_of(reference)
         async with self._fetching:
             work = partial(fetch_sealed, run.store, reference, secret)
-            run.results[key] = await self._patiently(run, work)
+            run.results[key] = await self._patiently(run.patience, work)
 
-    async def _patiently(self, run: Run, work: Callable[[], Coroutine[Any, Any, Sealed]]) -> Sealed:
-        """Do something with S3, again and again for as long as a run is patient.
+    async def _patiently(
+        self, patience: float, work: Callable[[], Coroutine[Any, Any, Sealed]]
+    ) -> Sealed:
+        """Do something with S3, again and again for as long as patience lasts.
 
         Each request was tried for a while already; but all has been computed, and would be lost.
         """
-        deadline = self._loop.time() + run.patience
+        deadline = self._loop.time() + patience
         delay = RENEW_SECONDS
         while True:
             try:
@@ -583,6 +642,8 @@ class Engine:
                 await asyncio.gather(*run.fetches)
                 if run.keep_results:
                     await self._objects.keep(run)
+                if run.folder is not None:
+                    run.folder.succeeded = True
             except StoreError as error:
                 failure = failures.from_store_error(error)
             except Exception as error:  # noqa: BLE001  the caller raises it
@@ -593,7 +654,7 @@ class Engine:
             if failure.kind is FailureKind.BUDGET:
                 failure = self._over_budget(run)
             key = short(group.outputs[-1]) if group else ""
-            exception = failures.to_exception(failure, key, {run.name: run.secret})
+            exception = failures.to_exception(failure, key, {run.encoder.run: run.secret})
             outcome = RunFailed(exception)
         await self._objects.sweep(run)
         run.events.put(outcome)

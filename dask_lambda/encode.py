@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from dask._task_spec import Alias, GraphNode
@@ -59,6 +59,13 @@ class Encoder:
         The secret of a reference's run.
     compression : {"none", "zstd"}
         Of large buffers and literals, and of the outputs of tasks.
+    label, once : callable, optional
+        The labels of a key's object, and of an object that nobody will look for later, such as a
+        task's body.
+    present : dict, optional
+        Object name to size: what is uploaded already.
+    inline_literals : int
+        Literals up to this size travel in the request, if results do not.
 
     Attributes
     ----------
@@ -79,15 +86,23 @@ class Encoder:
         secret: bytes,
         secret_of: Callable[[Reference], bytes],
         compression: protocol.Compression = "none",
+        label: Callable[[Key], str] = protocol.key_label,
+        once: Callable[[str], str] = str,
+        present: Mapping[str, int] | None = None,
+        inline_literals: int = 0,
     ):
         self.written: set[str] = set()
-        self.lease = Lease(store, protocol.object_name(prefix, run, "lease"), secret)
+        self.label = label
+        self.run = run
+        self.lease = Lease(store, protocol.object_name(prefix, run, once("lease")), secret)
+        self._once_label = once
+        self._present = present or {}
+        self._inline_literals = inline_literals
         self.secret_of = secret_of
         self._graph = graph
         self._store = store
         self._prefix = prefix
         self._bucket = bucket
-        self._run = run
         self._secret = secret
         self._compression = compression
         self._functions = FunctionCache()
@@ -100,11 +115,11 @@ class Encoder:
 
     def object_name(self, label: str) -> str:
         """Return the name of one of the run's objects."""
-        return protocol.object_name(self._prefix, self._run, label)
+        return protocol.object_name(self._prefix, self.run, label)
 
     def folder(self, shard: str) -> str:
         """Return where the run's objects of one shard are."""
-        return f"{shard}/{self._prefix}/{self._run}"
+        return f"{shard}/{self._prefix}/{self.run}"
 
     def take_written(self) -> set[str]:
         """Return what was written, to be deleted by the caller."""
@@ -146,14 +161,14 @@ class Encoder:
         StoreError
             If an upload fails.
         """
-        secrets = {self._run: self._secret}
+        secrets = {self.run: self._secret}
         requests = []
         for group in groups:
             requests.append(await self._group(group, values, inline_bytes, secrets))
         inline = [v for r in requests for v in (r.body, *r.inputs) if v.data is not None]
         await self._make_room(inline)
         request = Request(
-            self._run,
+            self.run,
             secrets,
             self._bucket,
             inline_bytes,
@@ -166,7 +181,7 @@ class Encoder:
         if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs
             listing = _json([r.to_json() for r in requests])
             digest = hashlib.blake2b(listing, digest_size=16).hexdigest()
-            name = self.object_name("groups-" + digest)
+            name = self.object_name(self._once_label("groups-" + digest))
             sealed = codec.dumps(listing, self._secret, name)
             request.groups = Value(name, await self._upload(name, lambda: sealed))
             payload = _json(request.to_json())
@@ -247,9 +262,9 @@ class Encoder:
         for place in range(len(frames) - 1, 0, -1):
             if frames[place].nbytes >= MIN_UPLOAD_BYTES:
                 uploads.append((place, await self._frame(frames.pop(place))))
-        labels = [protocol.key_label(key) for key in group.outputs]
+        labels = [self.label(key) for key in group.outputs]
         outputs = [self.object_name(label) for label in labels]
-        name = self.object_name("body-" + labels[0])
+        name = self.object_name(self._once_label("body-" + labels[0]))
         sealed = codec.seal(frames, self._secret, name)
         return GroupRequest(
             Value(name, len(sealed), sealed),
@@ -267,10 +282,11 @@ class Encoder:
             secrets[protocol.run_of(reference.name)] = self.secret_of(reference)
             return Value(reference.name, reference.size, shared=True)
         literal = graph.literals[key]
-        return await _once(self._literals, key, lambda: self._literal(key, literal, inline_bytes))
+        inline = max(inline_bytes, self._inline_literals)
+        return await _once(self._literals, key, lambda: self._literal(key, literal, inline))
 
     async def _literal(self, key: Key, literal: Any, inline_bytes: int) -> Value:
-        name = self.object_name("literal-" + protocol.key_label(key))
+        name = self.object_name("literal-" + self.label(key))
         try:
             frames = codec.serialize(literal)
         except Exception as error:
@@ -321,6 +337,8 @@ class Encoder:
         return await _once(self._uploads, name, lambda: self._put(name, sealed, size))
 
     async def _put(self, name: str, sealed: Callable[[], Any], size: int) -> int:
+        if (there := self._present.get(name)) is not None:
+            return there
         async with self._uploading:
             data = await _in_thread(size, sealed)
             self.written.add(name)

@@ -17,7 +17,7 @@ from typing import Any
 from dask_lambda import errors
 from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
-from lambda_worker.errors import StoreError
+from lambda_worker.errors import RequestError, StoreError
 
 _PEAK = re.compile(r"\tMax Memory Used: (\d+) MB")
 _MORE_MEMORY = (
@@ -293,7 +293,7 @@ def from_needs(nbytes: int, memory_mb: int, what: str) -> Failure:
     )
 
 
-def from_foreign_reply(body: bytes, function: str) -> Failure:
+def from_foreign_reply(body: bytes, function: str, why: str = "") -> Failure:
     """Build the failure of an answer that is not one of lambda_worker's."""
     start = body[:200].decode("utf-8", "replace")
     return Failure(
@@ -301,7 +301,7 @@ def from_foreign_reply(body: bytes, function: str) -> Failure:
         Detail(
             errors.InvocationError,
             f"function {function!r} answered something that is not a reply of lambda_worker: "
-            f"{start!r}",
+            f"{start!r}" + (f" ({why})" if why else ""),
             "Check dask-lambda.function: it must name a function that runs lambda_worker.",
         ),
     )
@@ -357,7 +357,7 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
                     message,
                     advice,
                     key,
-                    None if value is None else protocol.Value.from_json(value),
+                    None if value is None else _readable(value),
                     record.get("traceback", ""),
                     {"type": record.get("type"), "unpicklable": record.get("unpicklable")},
                 ),
@@ -368,6 +368,17 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
             return Failure(
                 FailureKind.FATAL,
                 Detail(errors.IntegrityError, f"the worker refused what it read: {message}"),
+            )
+        case "request" | "broken":
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.InvocationError,
+                    f"the worker could not serve the request: {message}",
+                    "If the function was deployed from this environment, this is a bug of "
+                    "dask_lambda: please report it.",
+                    note=record.get("traceback", ""),
+                ),
             )
         case "cancelled" if not leased:
             return Failure(
@@ -390,6 +401,13 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
                 ),
             )
     return _store_failure(kind.removeprefix("store-"), f"on the worker: {message}")
+
+
+def _readable(record: dict[str, Any]) -> protocol.Value | None:
+    try:
+        return protocol.Value.from_json(record)
+    except RequestError:  # the text of the exception will do
+        return None
 
 
 def from_store_error(error: StoreError) -> Failure:

@@ -1,8 +1,8 @@
 """The Lambda API: one signed HTTP request for each invocation.
 
-May import: failures, config, the ground, aiohttp, botocore.  aiohttp and botocore's signer take a
-quarter of the CPU that boto3 takes for an Invoke, and never send one twice by themselves: whether
-to try again is decided in :mod:`dask_lambda.state`.
+May import: failures, replies, config, the ground, aiohttp, botocore.  aiohttp and botocore's signer
+take a quarter of the CPU that boto3 takes for an Invoke, and never send one twice by themselves:
+whether to try again is decided in :mod:`dask_lambda.state`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError
 from yarl import URL
 
-from dask_lambda import failures
+from dask_lambda import failures, replies
 from dask_lambda.config import MAX_TIMEOUT
 from dask_lambda.events import Failure
 
@@ -155,9 +155,10 @@ class LambdaInvoker:
             return Reply(None, failure, billed)
         try:
             content = json.loads(body)
-            self.memory_mb = content["memory_mb"]
-        except (ValueError, KeyError, TypeError):
-            return Reply(None, failures.from_foreign_reply(body, self.function), billed)
+            replies.check(content)
+        except (ValueError, RecursionError) as error:
+            return Reply(None, failures.from_foreign_reply(body, self.function, str(error)), billed)
+        self.memory_mb = int(content["memory_mb"])
         return Reply(content, None, billed)
 
     async def _post(self, payload: bytes, headers: dict[str, str]) -> tuple[int, Any, bytes]:

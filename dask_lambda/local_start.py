@@ -1,7 +1,7 @@
 """Starting an embedded AWS: the server with its environment, then bucket, role and function.
 
-May import: the standard library, botocore (late), :mod:`dask_lambda.local_process`, errors;
-``lambda_worker`` only as files to deploy.
+May import: the standard library, botocore (late), :mod:`dask_lambda.local_process`, lifecycle,
+errors; ``lambda_worker`` only as files to deploy.
 
 Notes
 -----
@@ -34,13 +34,16 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from dask_lambda import local_server, local_supervisor
+from dask_lambda import lifecycle, local_server, local_supervisor
 from dask_lambda.errors import LocalAWSError
 from dask_lambda.local_process import PREFIX, stop_supervisor
 
 REGION = "us-east-1"
 FUNCTION = "dask-lambda"
 BUCKET = "dask-lambda-local"
+#: What clients have left behind goes after so many days, if it has the usual prefix.
+PREFIX_OF_OBJECTS = "dask-lambda"
+EXPIRY_DAYS = 1
 ROLE = "dask-lambda-worker"
 HANDLER = "lambda_worker.handler.handler"
 #: Memory at which a Lambda function gets one whole core.
@@ -254,6 +257,10 @@ class Start:
 
         try:
             s3.create_bucket(Bucket=BUCKET)
+            s3.put_bucket_lifecycle_configuration(
+                Bucket=BUCKET,
+                LifecycleConfiguration={"Rules": lifecycle.rules(PREFIX_OF_OBJECTS, EXPIRY_DAYS)},
+            )
             role = iam.create_role(
                 RoleName=ROLE,
                 AssumeRolePolicyDocument=_policy(

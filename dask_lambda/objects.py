@@ -1,6 +1,7 @@
 """The objects of runs in the bucket: what stays, and the deletion of all else.
 
-May import: run, encode, plan, graph, errors, the ground.  To be used in the engine's thread.
+May import: run, kept_folder, encode, plan, graph, errors, the ground.  To be used in the engine's
+thread.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 from dask_lambda import errors
 from dask_lambda.encode import all_of
 from dask_lambda.graph import short
+from dask_lambda.kept_folder import Folder, is_data, leftovers
 from dask_lambda.plan import Group
 from dask_lambda.run import Run
 from lambda_worker import protocol
-from lambda_worker.errors import StoreError
+from lambda_worker.errors import RequestError, StoreError
 from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
 
@@ -37,7 +39,10 @@ def told_outputs(run: Run, group: Group, records: Any) -> list[tuple[Key, Value]
     IntegrityError
         If it names anything but this group's outputs.
     """
-    values = [Value.from_json(record) for record in records]
+    try:
+        values = [Value.from_json(record) for record in records]
+    except RequestError as error:
+        raise errors.IntegrityError(f"a reply makes no sense: {error}; it was not used") from None
     if len(values) != len(group.outputs):
         raise errors.IntegrityError(
             f"a reply tells of {len(values)} outputs of a group that has {len(group.outputs)}; "
@@ -116,19 +121,25 @@ class Objects:
         outputs : iterable of (key, Value)
             What the reply told (:func:`told_outputs`).
         """
-        names = []
+        names: list[str] = []
+        stay = self._staying(run)
         for key, value in outputs:
             if value.data is None:
-                needed = run.values.get(key) or run.kept.get(key)
-                read = [] if needed is None or needed.data is not None else [needed.name]
-                if value.name in read:  # the very same: the pointer to it is needed no less
-                    continue
+                needed = run.values.get(key)
+                if needed is not None and needed.data is None and needed.name == value.name:
+                    continue  # the very same: the pointer to it is needed no less
+                read = stay if needed is None or needed.data is not None else {needed.name}
                 names += [name for name in protocol.objects_of(value.name) if name not in read]
         self.discard(run, names)
 
+    def _staying(self, run: Run) -> set[str]:
+        """Return the objects of a run's results that stay."""
+        _, names = self._kept.get(run.name, (b"", ()))
+        return {each for name in names for each in protocol.objects_of(name)}
+
     def discard(self, run: Run, names: Iterable[str]) -> None:
         """Delete objects soon, many at a time."""
-        run.trash.extend(names)
+        run.trash.extend(name for name in names if not run.spares(name))
         if len(run.trash) >= DELETE_BATCH:
             self._spawn(self._empty(run))
         elif run.trash and not run.delete_soon:
@@ -151,15 +162,42 @@ class Objects:
         First of all the lease, so that workers stop and write no more.
         """
         await run.encoder.lease.end()
+        if run.folder is not None:
+            await self._sweep_folder(run, run.folder)
+            return
         self.release(run, list(run.values))
         if run.drained.is_set():  # nothing new is uploaded
             await run.encoder.settle()
         names = run.encoder.take_written()
         if run.drained.is_set():
             names |= run.uncertain | await self._find_lost(run)
+            names -= self._staying(run)  # which another attempt may have failed at
             run.uncertain, run.lost = set(), set()
         run.trash.extend(names.difference(run.trash))
         await self._empty(run)
+
+    async def _sweep_folder(self, run: Run, folder: Folder) -> None:
+        """Delete what nobody can use of a run that is kept.
+
+        That is done before the caller hears of the end.  Afterwards the name may belong to the
+        next computation, of which invocations of this one may not know.
+        """
+        if not folder.open:
+            return
+        run.values.clear()
+        run.inline.clear()
+        run.held = 0
+        if run.drained.is_set():
+            await run.encoder.settle()
+        names = {name for name in run.encoder.take_written() if not is_data(name)}
+        if folder.succeeded and not folder.keep:
+            try:
+                names.update(await leftovers(run.store, folder))
+            except StoreError as error:
+                logger.warning("what the run %r leaves is not known: %s", run.name, error)
+        run.trash.extend(names.difference(run.trash))
+        await self._empty(run)
+        folder.open = False
 
     async def _find_lost(self, run: Run) -> set[str]:
         """Find what invocations have written that were lost before they could say so.
@@ -175,8 +213,7 @@ class Objects:
                 found.update(names)
         except StoreError as error:
             logger.warning("what lost invocations have left behind is not known: %s", error)
-        kept = {name for v in run.kept.values() for name in protocol.objects_of(v.name)}
-        return found - kept
+        return found
 
     async def _list(self, run: Run, folder: str) -> list[str]:
         return [name async for name in run.store.list_async(folder)]
@@ -185,16 +222,25 @@ class Objects:
         """Leave the results of a run in S3 and remember how to load and delete them."""
         names = set()
         found = run.plan.fetch & run.values.keys()
+        if run.folder is not None:  # they stay in any case
+            for key in found:
+                run.kept[key] = run.values.pop(key)
+            return
         await all_of(run.encoder.spill(run.values[key]) for key in found)
         for key in found:
             value = run.values.pop(key)
             run.held -= run.inline.pop(key, 0)
             run.encoder.written.discard(value.name)
-            run.uncertain.discard(value.name)
             names.add(value.name)
             run.kept[key] = value
         self._kept[run.name] = run.secret, names
         protocol.resolvers[run.name] = self._load
+
+    def adopt(self, run: str, secret: bytes) -> None:
+        """Take note of the secret of a run whose objects outlive this process."""
+        if run not in self._kept:
+            self._kept[run] = secret, set()
+        protocol.resolvers[run] = self._load
 
     def secret_of(self, reference: Reference) -> bytes:
         """Return the secret under which a stored result was sealed.

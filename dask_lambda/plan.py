@@ -130,6 +130,7 @@ def make_plan(
     estimates: Estimates | None = None,
     model: CostModel | None = None,
     memory: Callable[[Key], int] | None = None,
+    cut: bool = True,
 ) -> Plan:
     """Decide what each invocation runs, and what the client runs itself.
 
@@ -149,6 +150,8 @@ def make_plan(
     memory : callable, optional
         Bytes that tasks are said to need, or 0; those that need any run alone, and tasks with
         different retries never run together.
+    cut : bool
+        Whether long sums are cut; False if :func:`cut_graph` has done it.
 
     Raises
     ------
@@ -156,7 +159,14 @@ def make_plan(
         If the graph has a cycle.
     """
     with _uncollected():
-        return _make_plan(graph, mode, finalise, retries, estimates, model, memory)
+        return _make_plan(graph, mode, finalise, retries, estimates, model, memory, cut)
+
+
+def cut_graph(graph: Graph, *, finalise: bool, estimates: Estimates, model: CostModel) -> Graph:
+    """Cut the long sums of a graph as :func:`make_plan` would."""
+    with _uncollected():
+        client, _, keep = _wanted(graph, finalise)
+        return cut_folds(graph, topological(graph, client), keep, estimates, model)[0]
 
 
 def _make_plan(
@@ -167,17 +177,9 @@ def _make_plan(
     estimates: Estimates | None,
     model: CostModel | None,
     memory: Callable[[Key], int] | None,
+    cut: bool,
 ) -> Plan:
-    outputs = {graph.resolve(key) for key in graph.outputs}
-    client = _client_tasks(graph, outputs) if finalise else set()
-    fetch = outputs - client
-    for key in client:
-        fetch |= graph.dependencies(key) - client
-    # Objects are named after the repr of their key: of keys that are equal but not alike, such as
-    # ("x", 0) and ("x", np.int64(0)), the one that the groups use.
-    own = {key: key for nodes in (graph.tasks, graph.stored) for key in nodes if key in fetch}
-    fetch = {own.get(key, key) for key in fetch}
-    keep = frozenset(key for key in fetch if key in graph.tasks)
+    client, fetch, keep = _wanted(graph, finalise)
     retries_of = retries if callable(retries) else (lambda _: retries)
     decisions: list[Decision] = []
     repeated: frozenset[Key] = frozenset()
@@ -190,10 +192,11 @@ def _make_plan(
             estimates = guess(graph, tasks, model.speed)
         uniform = memory is None and not callable(retries)
         signature = None if uniform else (lambda key: (retries_of(key), _alone(key, memory)))
-        before = graph
-        graph, estimates = cut_folds(graph, tasks, keep, estimates, model)
-        if graph is not before:
-            tasks = topological(graph, client)
+        if cut:
+            before = graph
+            graph, estimates = cut_folds(graph, tasks, keep, estimates, model)
+            if graph is not before:
+                tasks = topological(graph, client)
         grouping = Grouping(graph, tasks, set(keep), estimates, model, signature)
         groups = _prioritised(graph, grouping.groups(), retries_of, estimates)
         decisions, repeated = grouping.decisions, grouping.repeated
@@ -213,6 +216,20 @@ def _make_plan(
         mode=mode,
         decisions=tuple(decisions),
     )
+
+
+def _wanted(graph: Graph, finalise: bool) -> tuple[set[Key], set[Key], frozenset[Key]]:
+    """Return the tasks of the client, what it needs, and which of that has to be made."""
+    outputs = {graph.resolve(key) for key in graph.outputs}
+    client = _client_tasks(graph, outputs) if finalise else set()
+    fetch = outputs - client
+    for key in client:
+        fetch |= graph.dependencies(key) - client
+    # Objects are named after the repr of their key: of keys that are equal but not alike, such as
+    # ("x", 0) and ("x", np.int64(0)), the one that the groups use.
+    own = {key: key for nodes in (graph.tasks, graph.stored) for key in nodes if key in fetch}
+    fetch = {own.get(key, key) for key in fetch}
+    return client, fetch, frozenset(key for key in fetch if key in graph.tasks)
 
 
 def _alone(key: Key, memory: Callable[[Key], int] | None) -> Hashable:

@@ -41,5 +41,5 @@ class Policy:
     straggler_fence: float = 3.0  #: interquartile ranges above the upper quartile ("far out":
     #: Tukey, Exploratory Data Analysis, 1977)
     straggler_seconds: float = 2.0  #: nothing shorter is conspicuous: a cold start takes as long
-    speculative_share: float = 0.1  #: of the invocations in flight (at least one), and of the money
+    speculative_share: float = 0.1  #: of the window (at least one at a time), and of the money
     check_interval: float = 1.0  #: between two looks at what is in flight

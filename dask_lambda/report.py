@@ -19,6 +19,9 @@ class RunReport:
     ----------
     tasks : int
         Tasks that were done on Lambda.
+    reused : int
+        Tasks that were not run, since their results, or results made of them, were there from an
+        earlier computation of the same name (``resume``).
     invocations : int
         Requests that Lambda accepted, including those whose result was of no use.
     cold_starts : int
@@ -51,6 +54,7 @@ class RunReport:
     """
 
     tasks: int
+    reused: int
     invocations: int
     cold_starts: int
     retries: int
@@ -107,6 +111,7 @@ class RunCounts:
     """The counters of a run while it goes on."""
 
     tasks: int = 0
+    reused: int = 0
     invocations: int = 0
     cold_starts: int = 0
     retries: int = 0
@@ -139,6 +144,7 @@ class RunCounts:
         total = self._total(client)
         return RunReport(
             tasks=self.tasks,
+            reused=self.reused,
             invocations=self.invocations,
             cold_starts=self.cold_starts,
             retries=self.retries,

@@ -1,6 +1,6 @@
 """One graph being computed, and what its caller hears of it.
 
-May import: encode, events, plan, graph, report, the ground.  The record is made by
+May import: encode, events, kept_folder, plan, graph, report, the ground.  The record is made by
 :class:`dask_lambda.dispatch.Engine` and changed in its thread only.  The caller reads
 :attr:`Run.events` in its own thread, and after the last of them the results.
 """
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from dask_lambda.encode import MIN_THREAD_BYTES, Encoder
 from dask_lambda.events import PATIENCE
 from dask_lambda.graph import Graph
+from dask_lambda.kept_folder import Folder
 from dask_lambda.plan import Group, Plan
 from dask_lambda.report import RunCounts
-from lambda_worker import codec, protocol
+from lambda_worker import codec
 from lambda_worker.errors import IntegrityError
 from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
@@ -32,6 +33,9 @@ class Sealed(NamedTuple):
     secret: bytes
     name: str
     verified: bool = False
+
+    def __repr__(self) -> str:  # which error reports may show
+        return f"Sealed({self.name!r})"
 
     def load(self) -> Any:
         """Verify, if that was not done, and unpickle."""
@@ -118,6 +122,11 @@ class Run:
         Where the results are that stay in S3, by key.
     values : dict
         Where each output is that is still needed.
+    name : str
+        Of the run in the engine.  Its objects are named after ``encoder.run``, which is the same
+        unless they are kept.
+    folder : Folder, optional
+        Where its objects are, if they outlive it.
     """
 
     graph: Graph
@@ -125,13 +134,14 @@ class Run:
     store: Store
     encoder: Encoder
     name: str
-    secret: bytes
+    secret: bytes = field(repr=False)
     inline_bytes: int
     keep_results: bool
     watch: bool
     watch_values: bool
     shared: frozenset[Key]  # outputs that several groups read
     learn: Learn | None = None
+    folder: Folder | None = None
     speculate: bool = False
     patience: float = PATIENCE
     max_cost_usd: float | None = None
@@ -158,7 +168,14 @@ class Run:
 
     def object_name(self, key: Key) -> str:
         """Return the name under which a key's value is stored."""
-        return self.encoder.object_name(protocol.key_label(key))
+        return self.encoder.object_name(self.encoder.label(key))
+
+    def spares(self, name: str) -> bool:
+        """Whether an object stays though the run needs it no more."""
+        if self.folder is None:
+            return False
+        broke_off = self.over and not self.folder.succeeded
+        return broke_off or self.folder.spares(name)
 
     def tell_started(self, group: Group) -> None:
         """Tell the caller of the tasks of a group that can start at once.

@@ -21,6 +21,7 @@ from dask.callbacks import local_callbacks
 from dask.local import nested_get
 
 from dask_lambda import graph as graphs
+from dask_lambda import signals
 from dask_lambda.annotations import Annotations
 from dask_lambda.backend import open_backend, usual_window
 from dask_lambda.callbacks import Callbacks
@@ -28,12 +29,15 @@ from dask_lambda.config import Settings, check_names
 from dask_lambda.cost import Prices
 from dask_lambda.cost_model import CostModel
 from dask_lambda.dispatch import Engine, claim_process
-from dask_lambda.errors import ConfigurationError
+from dask_lambda.errors import ConfigurationError, IntegrityError, LostDataError
 from dask_lambda.estimates import Estimates, estimate, guess
 from dask_lambda.graph import Graph
 from dask_lambda.history import History
-from dask_lambda.plan import Group, Plan, make_plan, topological
+from dask_lambda.kept_runs import Place
+from dask_lambda.plan import Group, Plan, cut_graph, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
+from dask_lambda.resume import Resumption
+from dask_lambda.reuse import apart
 from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
 from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts
@@ -43,6 +47,7 @@ CALL_SETTINGS = frozenset(
     {
         *("retries", "inline_bytes", "compression", "plan", "default_task_seconds"),
         *("speculate", "patience", "max_cost_usd", "max_seconds"),
+        *("resume", "keep"),
     }
 )
 
@@ -77,8 +82,8 @@ class LambdaScheduler:
         ``bucket``, ``prefix``, ``region``, ``endpoint_url``, ``concurrency``, ``inline_bytes``,
         ``compression``, ``plan``, ``memory``, ``timeout``, ``retries``, ``speculate``,
         ``patience``, ``max_cost_usd``, ``max_seconds``, ``larger_functions``,
-        ``default_task_seconds``.  They have precedence over Dask's configuration, which is read
-        anew at each run.
+        ``default_task_seconds``, ``resume``, ``keep``.  They have precedence over Dask's
+        configuration, which is read anew at each run.
 
     Raises
     ------
@@ -130,6 +135,11 @@ class LambdaScheduler:
         retries : int, optional
             How often to run a task again that raises, times out or runs out of memory; an
             annotation ``retries`` of the task has precedence.
+        resume : str, optional
+            A name under which results stay in S3.  What an earlier computation of that name has
+            left there, also one that was killed, is not computed again.
+        keep : bool, optional
+            Whether intermediate results stay as well.
         inline_bytes, compression, plan, speculate, patience, max_cost_usd, max_seconds : optional
             The settings of these names, for this call.
         callbacks : optional
@@ -155,7 +165,8 @@ class LambdaScheduler:
 
         The returned collections load the blocks inside later computations, on Lambda where they
         can.  The objects live as long as a collection refers to them, at the longest until
-        :meth:`close` or the end of the interpreter.
+        :meth:`close` or the end of the interpreter; with ``resume`` or ``keep`` until
+        ``dask-lambda runs delete``.
         """
 
         def references(dsk: Any, keys: Any, **kwargs: Any) -> Any:
@@ -206,6 +217,7 @@ class LambdaScheduler:
         for engine in engines.values():
             engine.close()
             atexit.unregister(engine.close_at_exit)
+            signals.release()
 
     # -- one run ---------------------------------------------------------------------------------
 
@@ -225,7 +237,9 @@ class LambdaScheduler:
                 if callbacks:
                     callbacks.begin(graph)
                 annotations = Annotations(dsk)
-                values = self._run(graph, settings, annotations, callbacks, started, persist)
+                named = settings.resume is not None or settings.keep
+                run = self._run_named if named else self._run
+                values = run(graph, settings, annotations, callbacks, started, persist)
                 failed = False
             finally:
                 callbacks.finish(failed)
@@ -248,7 +262,7 @@ class LambdaScheduler:
                 logger.debug("the keyword %r means nothing to this scheduler", name)
         return Settings.resolve(**overrides)
 
-    def _run(
+    def _run_named(
         self,
         graph: Graph,
         settings: Settings,
@@ -257,17 +271,75 @@ class LambdaScheduler:
         started: float,
         persist: bool,
     ) -> dict[Key, Any]:
+        """Run what earlier computations of the same name have not done yet."""
+        engine = self._engine(settings)
+        if callbacks.wants_values:
+            settings = replace(settings, plan="none")
+        backend = engine.backend
+        resumption = Resumption(
+            settings.resume,
+            Place(backend.bucket_name, backend.prefix, backend.region, backend.endpoint_url),
+            backend.function,
+            engine,
+            keep=settings.keep,
+            transient=settings.is_local,
+        )
+        planner = _Planner.of(graph, replace(settings, inline_bytes=0), annotations, engine)
+        with resumption:
+            resumption.identify(graph, planner.cut(finalise=not persist), references=persist)
+            while True:
+                # Who wants to see the values of tasks would miss those of tasks that do not run.
+                left = resumption.begin(anew=callbacks.wants_values)
+                if callbacks:
+                    for key in left.skipped:
+                        if key in graph.source:
+                            callbacks.task_started(key)
+                            callbacks.task_finished(key, None)
+                try:
+                    values = self._run(
+                        left.graph,
+                        settings,
+                        annotations,
+                        callbacks,
+                        started,
+                        persist,
+                        resumption=resumption,
+                        reused=len(left.skipped),
+                    )
+                except (LostDataError, IntegrityError) as error:
+                    if not resumption.drop(error):
+                        raise
+                else:
+                    resumption.succeed()
+                    return values
+
+    def _run(
+        self,
+        graph: Graph,
+        settings: Settings,
+        annotations: Annotations,
+        callbacks: Callbacks,
+        started: float,
+        persist: bool,
+        resumption: Resumption | None = None,
+        reused: int = 0,
+    ) -> dict[Key, Any]:
         """Run a graph; return the values of its outputs by their resolved keys."""
+        named = resumption is not None
         engine = self._engine(settings) if graph.tasks else None
         if engine is None or callbacks.wants_values:  # which only single tasks can show
             settings = replace(settings, plan="none")
-        planner = _Planner.of(graph, settings, annotations, engine)
-        plan = planner.plan(finalise=not persist)
+        planned = replace(settings, inline_bytes=0) if named else settings
+        planner = _Planner.of(graph, planned, annotations, engine)
+        plan = planner.plan(finalise=not persist, cut=not named)
+        if resumption is not None:
+            groups = apart(plan.graph, plan.repeated, plan.groups)
+            plan = replace(plan, groups=tuple(groups))
         values = {key: graph.literals[key] for key in plan.fetch if key in graph.literals}
         if persist:
             for key in plan.fetch & graph.stored.keys():
                 values[key] = graph.stored[key]
-        if len(values) < len(plan.fetch):
+        if len(values) < len(plan.fetch) or named:
             engine = engine or self._engine(settings)
             run = engine.start(
                 plan,
@@ -281,7 +353,9 @@ class LambdaScheduler:
                 patience=settings.patience,
                 max_cost_usd=settings.max_cost_usd,
                 max_seconds=settings.max_seconds,
+                folder=resumption.folder(plan) if resumption is not None else None,
             )
+            run.counts.reused = reused
             failed = True
             try:
                 self._follow(run, callbacks)
@@ -351,6 +425,8 @@ class LambdaScheduler:
             engine = self._engines.get(connection)
             if engine is not None and not engine.closed and engine.backend.is_alive():
                 return engine
+            if engine is not None:
+                signals.release()
             engine = Engine(open_backend(settings))
             try:
                 engine.open()
@@ -358,9 +434,9 @@ class LambdaScheduler:
                 engine.close()
                 raise
             self._engines[connection] = engine
-            atexit.register(
-                engine.close_at_exit
-            )  # before the embedded AWS, which registered earlier
+            # Before the embedded AWS, which registered earlier.
+            atexit.register(engine.close_at_exit)
+            signals.hold()
             return engine
 
 
@@ -401,7 +477,27 @@ class _Planner:
         memory = engine.backend.invokers[0].memory_mb or settings.memory
         return cls(graph, settings, annotations, engine.backend.window, memory)
 
-    def plan(self, *, finalise: bool) -> Plan:
+    def cut(self, *, finalise: bool) -> Graph:
+        """Return the graph as it will be run, with long sums cut."""
+        if self._settings.plan == "none":
+            return self._graph
+        return cut_graph(
+            self._graph, finalise=finalise, estimates=self._expected(), model=self._model
+        )
+
+    def _expected(self) -> Estimates:
+        order = topological(self._graph, set())
+        self._guessed = guess(self._graph, order, self._model.speed)
+        return estimate(
+            self._guessed,
+            self._graph,
+            ratio=history.ratio,
+            said_seconds=self._annotations.seconds(),
+            said_nbytes=self._annotations.nbytes(),
+            default_seconds=self._settings.default_task_seconds,
+        )
+
+    def plan(self, *, finalise: bool, cut: bool = True) -> Plan:
         """Plan the computation."""
         retries = self._annotations.of("retries", self._settings.retries)
         if self._settings.plan == "none":
@@ -412,24 +508,15 @@ class _Planner:
                 retries=retries,
                 memory=self._memory,
             )
-        order = topological(self._graph, set())
-        self._guessed = guess(self._graph, order, self._model.speed)
-        expected = estimate(
-            self._guessed,
-            self._graph,
-            ratio=history.ratio,
-            said_seconds=self._annotations.seconds(),
-            said_nbytes=self._annotations.nbytes(),
-            default_seconds=self._settings.default_task_seconds,
-        )
         return make_plan(
             self._graph,
             mode="auto",
             finalise=finalise,
             retries=retries,
-            estimates=expected,
+            estimates=self._expected(),
             model=self._model,
             memory=self._memory,
+            cut=cut,
         )
 
     def learn(self, group: Group, measured: Mapping[str, Sequence[float]]) -> None:
@@ -441,6 +528,8 @@ class _Planner:
 def _reference(engine: Engine, run: Run, key: Key) -> Reference:
     value = run.kept[key]
     reference = Reference(value.name, value.size)
+    if run.folder is not None:  # it stays
+        return reference
     weakref.finalize(reference, engine.forget, value.name).atexit = False
     return reference
 

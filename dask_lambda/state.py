@@ -465,11 +465,10 @@ class State:
     def _may_duplicate(self, flight: Flight, now: float) -> bool:
         """Whether there is room and money for a duplicate."""
         run, share = flight.run, self.policy.speculative_share
-        in_flight = len(self.in_flight)
         return (
             all(job.in_flight == 1 and not job.done for job in flight.jobs)
-            and self.window.room(in_flight, now)
-            and self._speculating < max(1, int(share * in_flight))
+            and self.window.room(len(self.in_flight), now)
+            and self._speculating < max(1, int(share * self.window.allowed))
             and run.can_pay(flight.jobs, now)
             and run.speculative_usd + run.expected_usd(flight.jobs, flight.pace) <= share * run.usd
         )

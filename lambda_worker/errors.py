@@ -8,6 +8,7 @@ __all__ = [
     "DaskLambdaError",
     "IntegrityError",
     "RemoteError",
+    "RequestError",
     "StoreError",
     "UnserializableError",
 ]
@@ -31,6 +32,10 @@ class RemoteError(DaskLambdaError):
     It stands for an exception whose class cannot be pickled or that fails to unpickle.  The
     message holds the original type and text; the remote traceback is attached as a note.
     """
+
+
+class RequestError(DaskLambdaError):
+    """A request is not one that the worker can read."""
 
 
 StoreErrorKind = Literal["missing", "denied", "expired", "no-bucket", "transient"]

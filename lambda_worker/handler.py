@@ -1,7 +1,7 @@
 """The Lambda function: one request in, one reply out.  May import: all of lambda_worker.
 
-The reply always describes what happened, also when a task failed: the handler itself raises
-only if it has a bug.  So an error that Lambda reports (``X-Amz-Function-Error``) means that the
+The reply always describes what happened, also when a task failed or the request made no sense.
+So an error that Lambda reports (``X-Amz-Function-Error``) means that the
 environment was lost: a time-out, no memory left, a crash.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 from lambda_worker import codec, protocol
 from lambda_worker.cache import Cache
 from lambda_worker.commit import commit
-from lambda_worker.errors import IntegrityError, StoreError, UnserializableError
+from lambda_worker.errors import IntegrityError, RequestError, StoreError, UnserializableError
 from lambda_worker.execute import Cancelled, GroupRun, Output, TaskError
 from lambda_worker.lease import LeaseWatch
 from lambda_worker.memory import share_out
@@ -104,7 +104,7 @@ class Served:
         for output in self.outputs:
             try:
                 value = output.result() if isinstance(output, Future) else output
-            except (StoreError, IntegrityError, UnserializableError) as error:
+            except Exception as error:  # noqa: BLE001  the same
                 self.error = self.error or _record(error)
             else:
                 values.append(value)
@@ -130,7 +130,7 @@ class Invocation:
 
     def __init__(self, request: Request):
         self.request = request
-        self.store = environment.store(request.bucket)
+        self.store = environment.store(request.bucket)  # may raise for the name of no bucket
         self.inline_left = protocol.MAX_INLINE_TOTAL_BYTES
         self._locks: dict[str, threading.Lock] = {}
         self._inputs: Prefetcher[Frames] = Prefetcher(
@@ -148,13 +148,15 @@ class Invocation:
         groups = self.request.groups
         if isinstance(groups, Value):  # the request was too long to hold them
             text = codec.deserialize(self.fetch(groups))
-            groups = [GroupRequest.from_json(g) for g in json.loads(text)]
+            groups = [GroupRequest.from_json(g) for g in json.loads(bytes(text))]
         served = [Served(group) for group in groups]
         self._prefetch(served)
         for each in served:
             try:
                 self._run(each)
-            except (Failure, StoreError, IntegrityError, UnserializableError) as error:
+            except MemoryError as error:
+                each.error = self._exception(each.group, None, error).record
+            except Exception as error:  # noqa: BLE001  told in the reply, whatever it is
                 each.error = _record(error)
             finally:
                 self._inputs.drop(slot for slot in each.slots if slot)
@@ -322,6 +324,8 @@ class Invocation:
         """
         try:
             frames = codec.serialize(output.value)
+        except MemoryError as error:
+            raise self._exception(served.group, key, error, "packing its result: ") from error
         except BaseException as error:
             kind = type(output.value).__name__
             raise Failure(
@@ -363,6 +367,8 @@ class Invocation:
         }
         if key is not None:
             fields["key"] = repr(key)[:500]
+        if isinstance(error, MemoryError):
+            fields["memory"] = True
         if isinstance(error, ModuleNotFoundError) and error.name:
             fields["module"] = error.name
         name = protocol.error_name(group.outputs[0])
@@ -377,7 +383,7 @@ class Invocation:
         return Failure("exception", doing + _text(error), **fields)
 
 
-def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
+def handler(event: Any, context: Any) -> dict[str, Any]:
     """Serve one Invoke; see :mod:`lambda_worker.protocol` for the two formats."""
     started = time.perf_counter()
     cold, environment.cold = environment.cold, False
@@ -387,23 +393,26 @@ def handler(event: dict[str, Any], context: Any) -> dict[str, Any]:
         "memory_mb": int(context.memory_limit_in_mb),
     }
     ours = protocol.versions()
-    theirs = {"protocol": event.get("protocol"), **event.get("client", {})}
+    event = event if isinstance(event, dict) else {}
+    client = event.get("client")
+    theirs = {"protocol": event.get("protocol"), **(client if isinstance(client, dict) else {})}
     if theirs != {"protocol": protocol.PROTOCOL, **ours}:
         reply["refused"] = {"protocol": protocol.PROTOCOL, **ours}
         reply["milliseconds"] = (time.perf_counter() - started) * 1e3
         _log(event, context, reply)
         return reply
-    request = Request.from_json(event)
-    invocation = Invocation(request)
+    invocation: Invocation | None = None
     hits = environment.cache.hits
     try:
+        invocation = Invocation(Request.from_json(event))
         reply["groups"] = invocation.serve()
-    except (Failure, StoreError, IntegrityError) as error:  # from reading the list of groups
+    except Exception as error:  # noqa: BLE001  from reading the request or the list of its groups
         reply["error"] = _record(error)
     finally:
-        invocation.close()
-    counts = invocation.store.counts.take()
-    reply["s3"] = {name: getattr(counts, name) for name in counts.__slots__}
+        if invocation is not None:
+            invocation.close()
+            counts = invocation.store.counts.take()
+            reply["s3"] = {name: getattr(counts, name) for name in counts.__slots__}
     reply["cache_hits"] = environment.cache.hits - hits
     # It never falls while the environment lives: the peak so far, not that of this call alone.
     reply["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -418,8 +427,17 @@ def _record(error: Exception) -> dict[str, Any]:
         return error.record
     if isinstance(error, StoreError):
         return {"kind": f"store-{error.kind}", "message": str(error)}
-    kind = "integrity" if isinstance(error, IntegrityError) else "unserializable"
-    return {"kind": kind, "message": str(error)}
+    for known, kind in _KINDS:
+        if isinstance(error, known):
+            return {"kind": kind, "message": str(error)[:MAX_TEXT]}
+    return {"kind": "broken", "message": _text(error)[:MAX_TEXT], "traceback": _traceback(error)}
+
+
+_KINDS: tuple[tuple[type[Exception], str], ...] = (
+    (IntegrityError, "integrity"),
+    (UnserializableError, "unserializable"),
+    (RequestError, "request"),
+)
 
 
 def _log(event: dict[str, Any], context: Any, reply: dict[str, Any]) -> None:

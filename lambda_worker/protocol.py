@@ -1,4 +1,4 @@
-"""What travels between client and worker.  May import: dask's top level.
+"""What travels between client and worker.  May import: errors, dask's top level.
 
 One Invoke carries one *request* and brings back one *reply*; both are JSON, with pickled and
 sealed bytes in base64.  A request names several *groups*; each group has a body (its tasks), its
@@ -16,11 +16,14 @@ import platform
 import secrets
 import threading
 import zlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import dask
+
+from lambda_worker.errors import RequestError
 
 #: Version of this format; client and worker must agree.
 PROTOCOL = 1
@@ -31,6 +34,9 @@ MAX_PAYLOAD_BYTES = 6_291_456
 #: Inline bytes (before base64) that one request or reply may hold, so that four thirds of them
 #: and the JSON around them stay below :data:`MAX_PAYLOAD_BYTES`.
 MAX_INLINE_TOTAL_BYTES = 4_400_000
+
+#: Nobody writes larger objects: they do not fit into a function's memory (10,240 MB).
+MAX_OBJECT_BYTES = 10_240 * 2**20
 
 #: Leading hex digits of an object name that spread the objects of a run over S3 partitions
 #: (3,500 PUT and 5,500 GET a second for each partitioned prefix).
@@ -72,14 +78,22 @@ class Value:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Value:
-        """Inverse of :meth:`to_json`."""
-        data = record.get("data")
-        return cls(
-            record["name"],
-            record["size"],
-            None if data is None else base64.b64decode(data),
-            record.get("shared", False),
-        )
+        """Inverse of :meth:`to_json`.
+
+        Raises
+        ------
+        RequestError
+        """
+        with _understood("a value"):
+            name, size, data = record["name"], record["size"], record.get("data")
+            if type(name) is not str or type(size) is not int or not 0 <= size <= MAX_OBJECT_BYTES:
+                raise ValueError("its name or size")
+            return cls(
+                name,
+                size,
+                None if data is None else base64.b64decode(data),
+                bool(record.get("shared", False)),
+            )
 
 
 @dataclass(slots=True)
@@ -120,14 +134,20 @@ class GroupRequest:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> GroupRequest:
-        """Inverse of :meth:`to_json`."""
-        return cls(
-            body=Value.from_json(record["body"]),
-            frames=[(place, Value.from_json(v)) for place, v in record["frames"]],
-            inputs=[Value.from_json(v) for v in record["inputs"]],
-            outputs=record["outputs"],
-            entangled=record.get("entangled", False),
-        )
+        """Inverse of :meth:`to_json`.
+
+        Raises
+        ------
+        RequestError
+        """
+        with _understood("a group"):
+            return cls(
+                body=Value.from_json(record["body"]),
+                frames=[(int(place), Value.from_json(v)) for place, v in record["frames"]],
+                inputs=[Value.from_json(v) for v in record["inputs"]],
+                outputs=_names(record["outputs"]),
+                entangled=bool(record.get("entangled", False)),
+            )
 
 
 @dataclass(slots=True)
@@ -161,7 +181,9 @@ class Request:
     """One invocation."""
 
     run: str
-    secrets: dict[str, bytes]  #: for the run itself and for each run whose objects it reads
+    secrets: dict[str, bytes] = field(
+        repr=False
+    )  #: for the run itself and for each run whose objects it reads
     bucket: str
     inline_bytes: int  #: outputs up to this size come back in the reply
     groups: list[GroupRequest] | Value  #: a value: their sealed JSON, where it is too long
@@ -188,22 +210,50 @@ class Request:
 
     @classmethod
     def from_json(cls, event: dict[str, Any]) -> Request:
-        """Read the event of the Invoke; its versions were checked before."""
-        groups = event["groups"]
-        return cls(
-            run=event["run"],
-            secrets={run: base64.b64decode(s) for run, s in event["secrets"].items()},
-            bucket=event["bucket"],
-            inline_bytes=event["inline_bytes"],
-            compression=event["compression"],
-            lease=event.get("lease", ("", False))[0],
-            leased=event.get("lease", ("", False))[1],
-            groups=(
-                Value.from_json(groups)
-                if isinstance(groups, dict)
-                else [GroupRequest.from_json(g) for g in groups]
-            ),
-        )
+        """Read the event of the Invoke; its versions were checked before.
+
+        Raises
+        ------
+        RequestError
+        """
+        with _understood("the request"):
+            groups = event["groups"]
+            run, bucket, (lease, leased) = event["run"], event["bucket"], event["lease"]
+            if not all(type(text) is str for text in (run, bucket, lease)):
+                raise ValueError("the names of run, bucket or lease")
+            if event["compression"] not in get_args(Compression):
+                raise ValueError("the compression")
+            request = cls(
+                run=run,
+                secrets={run: base64.b64decode(s) for run, s in event["secrets"].items()},
+                bucket=bucket,
+                inline_bytes=int(event["inline_bytes"]),
+                compression=event["compression"],
+                lease=lease,
+                leased=bool(leased),
+                groups=(
+                    Value.from_json(groups)
+                    if isinstance(groups, dict)
+                    else [GroupRequest.from_json(g) for g in groups]
+                ),
+            )
+            if run not in request.secrets:
+                raise ValueError("there is no secret of the run")
+            return request
+
+
+@contextmanager
+def _understood(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"{what} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _names(found: Any) -> list[str]:
+    if not (isinstance(found, list) and found and all(type(name) is str for name in found)):
+        raise ValueError("the names of the outputs")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------

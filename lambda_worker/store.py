@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -72,6 +72,15 @@ class Counts:
         for name in self.__slots__:
             setattr(self, name, 0)
         return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An object as a listing shows it."""
+
+    name: str
+    size: int
+    modified: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +357,11 @@ class Store:
 
     async def list_async(self, prefix: str) -> AsyncIterator[str]:
         """Yield the names of all objects in a folder, at any depth."""
+        async for entry in self.entries_async(prefix):
+            yield entry.name
+
+    async def entries_async(self, prefix: str) -> AsyncIterator[Entry]:
+        """Yield all objects in a folder, at any depth."""
         stream = obstore.list(self.bucket, prefix, chunk_size=1000)
         pages = 0
         while True:
@@ -361,7 +375,7 @@ class Store:
             pages += 1
             self._count(lists=1)
             for entry in page:
-                yield entry["path"]
+                yield Entry(entry["path"], entry["size"], entry["last_modified"])
 
 
 @contextmanager

@@ -308,6 +308,17 @@ def test_a_reply_that_names_another_object_is_refused(connect: Connect, name: st
     assert told_outputs(run, group, [Value(run.object_name("y"), 10).to_json()])
 
 
+def test_a_reply_that_cannot_be_read_is_refused(connect: Connect) -> None:
+    engine = (scheduler := connect())._engine(scheduler._settings({}))
+    graph = normalise({"y": Task("y", copy, 1)}, ["y"])
+    run = engine.start(Plan((), frozenset(), (), frozenset(), graph), inline_bytes=0)
+    assert run.events.get(timeout=60) == RunSucceeded()
+    group = Group(("y",), (), ("y",))
+    for records in ([], [{"name": run.object_name("y"), "size": 3, "data": "a"}]):
+        with pytest.raises(IntegrityError, match="a reply .*it was not used"):
+            told_outputs(run, group, records)
+
+
 def test_a_reply_that_mixes_two_attempts_at_an_entangled_group_is_refused(connect: Connect) -> None:
     scheduler = connect()
     engine = scheduler._engine(scheduler._settings({}))

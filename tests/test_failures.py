@@ -132,6 +132,14 @@ def test_expired_credentials_at_s3_are_the_clients_affair_alone(said, what):
     assert on_the_worker.kind is FailureKind.TRANSIENT
 
 
+def test_an_exception_that_cannot_be_read_is_told_as_text():
+    value = {"name": "x", "size": 3, "data": "a"}  # which is no base64
+    record = {"kind": "exception", "message": "ValueError: no", "exception": value}
+    exception = shown(failures.from_record(record), "y")
+    assert type(exception) is errors.RemoteError
+    assert "ValueError: no" in str(exception)
+
+
 def test_credentials_that_botocore_cannot_renew_say_so():
     failure = failures.from_credentials(RuntimeError("the SSO session has expired"))
     assert failure.kind is FailureKind.EXPIRED

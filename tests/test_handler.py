@@ -707,3 +707,38 @@ def test_without_a_lease_nobody_looks(client):
     group = client.group(Task("a", lambda: [t.name for t in threading.enumerate()]))
     (said,) = client.call(group)
     assert "lease" not in client.load(said["outputs"][0])
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Task("y", np.ones, 2**55),  # numpy's own subclass
+        Task("y", bytearray, 2**62),
+    ],
+)
+def test_a_lack_of_memory_is_marked(client, task):
+    error = client.run(task)["error"]
+    assert error["memory"] is True
+    assert error["kind"] == "exception"
+    assert "MemoryError" in error["type"]
+
+
+class Swelling:
+    """A result that needs more memory to be packed than there is."""
+
+    def __reduce__(self):
+        raise MemoryError
+
+
+def test_a_lack_of_memory_while_the_result_is_packed_is_marked(client):
+    error = client.run(Task("y", Swelling))["error"]
+    assert error["memory"] is True
+    assert error["key"] == "'y'"
+    assert "packing its result" in error["message"]
+
+
+def test_other_errors_are_not_marked(client):
+    assert "memory" not in client.run(Task("y", inc, "text"))["error"]

@@ -17,7 +17,8 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "__init__", "scheduler", "annotations", "dispatch", "objects", "run"),
+    *("__main__", "cli", "__init__", "cleaning", "scheduler", "resume", "annotations"),
+    *("dispatch", "objects", "run", "kept_folder", "kept_runs", "lifecycle"),
     *("simulate", "bounds", "timeline", "aws_model"),
     *(
         "invoke",
@@ -25,21 +26,23 @@ ENGINE = [
         "pickling",
         "lease",
         "failures",
+        "replies",
         "state",
         "books",
         "events",
         "window",
         "pace",
         "policy",
+        "reuse",
         "splitting",
         "entangled",
         "plan",
         "grouping",
     ),
     *("tiling", "units"),
-    "folding",
+    *("folding", "fingerprint"),
     *("history", "estimates", "graph", "cost_model", "kernels"),
-    *("report", "cost", "config", "credentials", "errors"),
+    *("report", "cost", "config", "credentials", "signals", "errors"),
 ]
 #: The ground, likewise.
 GROUND = [
@@ -47,6 +50,7 @@ GROUND = [
     *("cache", "memory", "protocol", "errors"),
 ]
 PURE = [
+    *("fingerprint", "reuse", "lifecycle"),
     *(
         "state",
         "books",
@@ -65,7 +69,7 @@ PURE = [
         "graph",
         "cost_model",
     ),
-    *("kernels", "failures", "cost", "simulate", "bounds", "timeline", "aws_model"),
+    *("kernels", "failures", "replies", "cost", "simulate", "bounds", "timeline", "aws_model"),
 ]
 WORLD = {
     *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),

@@ -12,6 +12,7 @@ from botocore.credentials import Credentials
 from dask_lambda.invoke import LambdaInvoker, Reply
 
 ARN = "arn:aws:lambda:eu-west-1:123456789012:function:work:live"
+REPLY = {"memory_mb": 128, "cold": False, "milliseconds": 1.5, "groups": []}
 CREDENTIALS = Credentials("AKIDEXAMPLE", "secret", "token")
 
 
@@ -22,7 +23,7 @@ def invoke(function: str, payload: bytes) -> tuple[Reply, web.Request]:
     async def answer(request: web.Request) -> web.Response:
         await request.read()
         seen.append(request)
-        return web.json_response({"memory_mb": 128})
+        return web.json_response(REPLY)
 
     async def run() -> Reply:
         app = web.Application()
@@ -66,5 +67,5 @@ def test_the_signature_is_that_of_botocore_for_what_was_sent() -> None:
 
 def test_a_reply_of_the_worker_is_read_and_its_memory_remembered() -> None:
     reply, _ = invoke("work", b"{}")
-    assert reply.content == {"memory_mb": 128}
+    assert reply.content == REPLY
     assert reply.failure is None

@@ -29,22 +29,32 @@ from lambda_worker.protocol import (
 
 NAMES = st.text(min_size=1, max_size=20)
 VALUES = st.builds(
-    Value, NAMES, st.integers(0, 10**12), st.none() | st.binary(max_size=50), st.booleans()
+    Value,
+    NAMES,
+    st.integers(0, protocol.MAX_OBJECT_BYTES),
+    st.none() | st.binary(max_size=50),
+    st.booleans(),
 )
 GROUPS = st.builds(
     GroupRequest,
     VALUES,
     st.lists(VALUES, max_size=3),
-    st.lists(NAMES, max_size=3),
+    st.lists(NAMES, min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(1, 9), VALUES), max_size=2),
+    st.booleans(),
 )
 REQUESTS = st.builds(
     Request,
-    NAMES,
-    st.dictionaries(NAMES, st.binary(min_size=32, max_size=32), max_size=3),
+    st.just("run"),
+    st.dictionaries(NAMES, st.binary(min_size=32, max_size=32), max_size=3).map(
+        lambda secrets: {**secrets, "run": bytes(32)}
+    ),
     NAMES,
     st.integers(0, 4_000_000),
     st.lists(GROUPS, max_size=3) | VALUES,
+    st.sampled_from(["none", "zstd"]),
+    NAMES | st.just(""),
+    st.booleans(),
 )
 
 

@@ -342,6 +342,19 @@ def test_a_straggler_takes_longer_by_its_factor():
     assert result.report.compute_seconds == pytest.approx(3.0)
 
 
+def test_duplicates_of_stragglers_shorten_a_run_and_hardly_cost_more():
+    aws = FREE.replace(straggler_probability=0.01, straggler_factor=60.0)
+    without, with_them = (
+        run(calls(500), seconds=5.0, aws=aws, speculate=speculate).report
+        for speculate in (False, True)
+    )
+    assert without.wall_seconds == pytest.approx(300.0)
+    assert with_them.wall_seconds < 30.0
+    assert 1 <= with_them.speculative <= 10
+    assert with_them.invocations == 500 + with_them.speculative
+    assert with_them.cost_usd < 1.1 * without.cost_usd
+
+
 def test_lost_environments_and_errors_of_the_service_are_survived():
     aws = FREE.replace(death_probability=0.05, error_probability=0.2)
     result = run(calls(200), aws, seed=3)
@@ -512,6 +525,7 @@ COUNTED = ("tasks", "invocations", "s3_puts", "s3_gets", "s3_lists", "throttles"
 @pytest.mark.local
 @pytest.mark.usefixtures("aws")
 @pytest.mark.parametrize("inline_bytes", [65536, 0])
+@pytest.mark.usefixtures("without_lease")
 def test_requests_are_those_of_a_real_run(inline_bytes):
     numbers = [dask.delayed(operator.neg)(i) for i in range(8)]
     while len(numbers) > 1:
@@ -523,6 +537,7 @@ def test_requests_are_those_of_a_real_run(inline_bytes):
 
 @pytest.mark.local
 @pytest.mark.usefixtures("aws")
+@pytest.mark.usefixtures("without_lease")
 def test_requests_are_those_of_a_real_run_with_blocks_in_s3():
     x = da.ones((4 * 200, 200), chunks=(200, 200)) + 1
     y = x.map_blocks(np.cumsum, axis=0)

@@ -1,0 +1,233 @@
+"""One computation under a name: what it takes from earlier ones, and leaves to later ones.
+
+May import: kept_folder, kept_runs, fingerprint, reuse, plan, graph, errors, the ground.  To be used
+in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from dask_lambda import kept_runs
+from dask_lambda.errors import ConfigurationError, IntegrityError, LostDataError
+from dask_lambda.fingerprint import Fingerprints, fingerprints
+from dask_lambda.graph import Graph
+from dask_lambda.kept_folder import Folder, Inventory, named
+from dask_lambda.kept_runs import KeptRun, Place
+from dask_lambda.plan import Plan
+from dask_lambda.reuse import Reuse, reuse
+from lambda_worker import protocol
+from lambda_worker.protocol import Reference
+
+logger = logging.getLogger("dask_lambda")
+
+#: So often a computation goes on without objects that turned out to be damaged; after that it
+#: begins anew.
+MAX_DROPS = 3
+
+
+class Bucket(Protocol):
+    """What looks into the bucket: the engine."""
+
+    def survey(self, record: KeptRun) -> Inventory:
+        """See what a kept run has there."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects."""
+
+
+class Resumption:
+    """One computation under a name.  A context: inside, the name belongs to it.
+
+    Parameters
+    ----------
+    name : str or None
+        None: a new one.
+    place : Place
+        Where its objects are.
+    function : str
+        That runs its tasks.
+    bucket : Bucket
+    keep : bool
+        Whether intermediate results stay.
+    transient : bool
+        Whether the place may be another one next time (an embedded AWS that ends with its process).
+
+    Raises
+    ------
+    ConfigurationError
+        On entering: if another process uses the name, or its objects are in another place.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        place: Place,
+        function: str,
+        bucket: Bucket,
+        *,
+        keep: bool = False,
+        transient: bool = False,
+    ):
+        self.name = kept_runs.new_name() if name is None else name
+        if name is None:
+            logger.warning(
+                "the objects of this computation stay in the bucket, under the name %s: to use "
+                "them again, compute with resume=%r; to delete them: dask-lambda runs delete %s",
+                self.name,
+                self.name,
+                self.name,
+            )
+        self._place, self._function, self._bucket = place, function, bucket
+        self._keep, self._transient = keep, transient
+        self._stack = ExitStack()
+        self._drops = 0
+        self._inventory = Inventory()
+        self._marks = Fingerprints()
+        self._reuse: Reuse | None = None
+        self._folder: Folder | None = None
+
+    def __enter__(self) -> Resumption:
+        self._stack.enter_context(kept_runs.locked(self.name))
+        try:
+            self.record = self._record()
+            kept_runs.write(self.record)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self.record.status = "failed"
+        self.record.used = time.time()
+        try:
+            kept_runs.write(self.record)
+        finally:
+            self._stack.close()
+
+    def _record(self) -> KeptRun:
+        found = kept_runs.read(self.name)
+        if found is not None and found.place != self._place:
+            if not self._transient:
+                raise ConfigurationError(
+                    f"the objects of the kept run {self.name!r} are in {_said(found.place)}, not "
+                    f"in {_said(self._place)}, which is configured now: choose another name, or "
+                    f"delete the run (dask-lambda runs delete {self.name}, with its own settings)"
+                )
+            logger.warning(
+                "nothing is left of the kept run %r: the embedded AWS that had its objects has "
+                "ended (dask-lambda local start keeps one running)",
+                self.name,
+            )
+            found = None
+        if found is None:
+            found = KeptRun.new(self.name, self._place, self._function)
+        found.status, found.function, found.used = "running", self._function, time.time()
+        return found
+
+    # -- one attempt after the other -------------------------------------------------------------
+
+    def identify(self, graph: Graph, cut: Graph, *, references: bool) -> None:
+        """Compute the fingerprints of a graph.
+
+        Parameters
+        ----------
+        graph : Graph
+        cut : Graph
+            The same as it is to be run.
+        references : bool
+            Whether the results are to be referred to in S3, and so must be found again.
+
+        Raises
+        ------
+        ConfigurationError
+            If such a result has no fingerprint.
+        """
+        self._graph = cut
+        self._marks = fingerprints(graph)
+        if cut is not graph:
+            self._marks.of = fingerprints(cut, (graph, self._marks)).of
+        self.record.tasks = len(graph.tasks)
+        for layer, (count, reason) in self._marks.reasons.items():
+            if references:
+                raise ConfigurationError(
+                    f"{count} tasks of {layer!r} cannot be persisted under the name {self.name!r}: "
+                    f"their results could not be found again ({reason}); persist without resume "
+                    "and keep"
+                )
+            logger.warning(
+                "%d tasks of %r cannot be resumed, nor what depends on them: %s",
+                count,
+                layer,
+                reason,
+            )
+
+    def begin(self, *, anew: bool) -> Reuse:
+        """See what is there; return what is left to do.
+
+        Parameters
+        ----------
+        anew : bool
+            Whether everything is to be computed, whatever is there.
+        """
+        self._inventory = found = self._bucket.survey(self.record)
+        there = found.results
+        if anew or self._drops > MAX_DROPS:
+            self._delete(there.values())
+            there = {}
+        left = reuse(self._graph, self._marks.of, there)
+        self._delete(there[label] for label in left.stale)
+        self._reuse = left
+        return left
+
+    def folder(self, plan: Plan) -> Folder:
+        """Return where the objects of the run go."""
+        labels = self._marks.of
+        wanted = {labels[key] for key in plan.fetch if key in labels and key in self._graph.tasks}
+        self._folder = Folder(
+            self.record,
+            keep=self._keep,
+            labels=labels,
+            results={*self.record.results, *wanted},
+            data=self._inventory.data,
+        )
+        return self._folder
+
+    def drop(self, error: LostDataError | IntegrityError) -> bool:
+        """Delete what an error says is damaged; tell whether to go on without it.
+
+        Parameters
+        ----------
+        error : LostDataError or IntegrityError
+        """
+        assert self._reuse is not None
+        used = [self._reuse.graph.stored[key] for key in self._reuse.reused]
+        used += [Reference(name, size) for name, size in self._inventory.data.items()]
+        damaged = named(error, used)
+        if not damaged or self._drops > MAX_DROPS:
+            return False
+        self._drops += 1
+        logger.warning("the kept run %r goes on without what is damaged: %s", self.name, error)
+        self._delete(damaged)
+        return True
+
+    def succeed(self) -> None:
+        """Take note of the results."""
+        assert self._folder is not None
+        self.record.results = sorted(self._folder.results)
+        self.record.status = "done"
+
+    def _delete(self, references: Iterable[Reference]) -> None:
+        names = sorted({n for each in references for n in protocol.objects_of(each.name)})
+        if names:
+            self._bucket.delete(names)
+
+
+def _said(place: Place) -> str:
+    where = place.endpoint_url or place.region or "the default region"
+    return f"bucket {place.bucket!r} (prefix {place.prefix!r}, {where})"

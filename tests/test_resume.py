@@ -1,0 +1,559 @@
+"""What a computation has left under a name is used by the next one, even if it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import pytest
+from dask import delayed
+from dask.diagnostics import Profiler
+
+import dask_lambda
+from dask_lambda import kept_runs
+from dask_lambda.errors import ConfigurationError
+from tests.helpers import eventually, report
+
+pytestmark = pytest.mark.local
+ROOT = Path(dask_lambda.__file__).parents[1]
+
+Connect = Callable[..., dask_lambda.LambdaScheduler]
+Names = Callable[[], list[str]]
+
+
+@pytest.fixture(autouse=True)
+def _own_records_and_empty_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aws: Any, bucket_names: Names
+) -> Iterator[None]:
+    monkeypatch.setenv("DASK_LAMBDA_STATE_DIR", str(tmp_path / "state"))
+    yield
+    # A killed client's invocations go on; what they write last is not this test's concern.
+    delete = aws.client("s3").delete_object
+    for name in bucket_names():
+        delete(Bucket=aws.bucket, Key=name)
+
+
+def labels(names: list[str]) -> set[str]:
+    return {name.rpartition("/")[2] for name in names} - {"manifest"}
+
+
+class Marks:
+    """What tasks leave behind when they run: a line for each time."""
+
+    def __init__(self, directory: Path):
+        self.path = directory / "marks"
+
+    def counts(self) -> Counter[str]:
+        return Counter(self.path.read_text().split()) if self.path.exists() else Counter()
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> Marks:
+    return Marks(tmp_path)
+
+
+def marked(path: Path, name: str, value: Any) -> Any:
+    with open(path, "a") as file:
+        file.write(f"{name}\n")
+    return value
+
+
+def chain(marks: Marks, length: int = 5) -> Any:
+    path = marks.path
+
+    @delayed
+    def step(number: int, x: Any = 0) -> Any:
+        return marked(path, f"step-{number}", x + number)
+
+    x = step(0)
+    for number in range(1, length):
+        x = step(number, x)
+    return x
+
+
+def test_a_computation_that_was_finished_is_not_done_again(
+    connect: Connect, marks: Marks, bucket_names: Names
+) -> None:
+    scheduler = connect(resume="sums")
+    assert chain(marks).compute(scheduler=scheduler) == 10
+    assert report().reused == 0
+    assert len(labels(bucket_names())) == 1  # the result alone
+
+    # Other keys, the same tasks; and another process would find the same.
+    assert chain(marks).compute(scheduler=connect(resume="sums")) == 10
+
+    assert report().reused == 5
+    assert report().invocations == 0
+    assert set(marks.counts().values()) == {1}
+
+
+def test_without_a_name_nothing_stays(connect: Connect, marks: Marks, bucket_names: Names) -> None:
+    assert chain(marks).compute(scheduler=connect()) == 10
+    assert not bucket_names()
+    assert not kept_runs.names()
+
+
+def test_names_do_not_see_each_other(connect: Connect, marks: Marks) -> None:
+    scheduler = connect()
+    for name in ("one", "two"):
+        assert chain(marks).compute(scheduler=scheduler, resume=name) == 10
+        assert report().reused == 0
+    assert set(marks.counts().values()) == {2}
+    one, two = map(kept_runs.read, ("one", "two"))
+    assert one is not None
+    assert two is not None
+    assert one.run != two.run
+    assert one.secret != two.secret
+
+
+def test_a_changed_function_is_computed_again_and_what_depends_on_it(
+    connect: Connect, marks: Marks
+) -> None:
+    path = marks.path
+
+    def graph(factor: int) -> Any:
+        first = delayed(lambda: marked(path, "first", 1))()
+        second = delayed(lambda x: marked(path, "second", x * factor))(first)
+        return delayed(lambda x: marked(path, "third", x + 1))(second)
+
+    scheduler = connect(resume="it", keep=True, plan="none")
+    assert graph(2).compute(scheduler=scheduler, optimize_graph=False) == 3
+    marks.clear()
+    assert graph(5).compute(scheduler=scheduler, optimize_graph=False) == 6
+    assert marks.counts() == {"second": 1, "third": 1}
+
+
+def test_keep_keeps_all_intermediate_results(
+    connect: Connect, marks: Marks, bucket_names: Names
+) -> None:
+    x = chain(marks)
+    keys = len(x.__dask_graph__())
+    settings = {"plan": "none", "resume": "all", "keep": True}
+    scheduler = connect(**settings)
+    assert x.compute(scheduler=scheduler, optimize_graph=False) == 10
+    assert len(labels(bucket_names())) == keys
+    # A later computation of the name that does not keep leaves the results.
+    assert x.compute(scheduler=scheduler, keep=False, optimize_graph=False) == 10
+    assert len(labels(bucket_names())) == 1
+
+
+def test_keep_without_a_name_says_the_name_it_chose(
+    connect: Connect, marks: Marks, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert chain(marks).compute(scheduler=connect(keep=True)) == 10
+    (name,) = kept_runs.names()
+    assert f"dask-lambda runs delete {name}" in caplog.text
+    assert chain(marks).compute(scheduler=connect(resume=name)) == 10
+    assert report().invocations == 0
+
+
+def test_results_of_earlier_computations_of_the_name_stay(
+    connect: Connect, marks: Marks, bucket_names: Names
+) -> None:
+    scheduler = connect(resume="name", plan="none")
+    three = chain(marks, 3)
+    assert three.compute(scheduler=scheduler, optimize_graph=False) == 3
+    assert chain(marks, 5).compute(scheduler=scheduler, optimize_graph=False) == 10
+    assert set(marks.counts().values()) == {1}
+    assert len(labels(bucket_names())) == 2
+
+
+def test_what_failed_goes_on_where_it_failed(
+    connect: Connect, marks: Marks, tmp_path: Path, bucket_names: Names
+) -> None:
+    path, switch = marks.path, tmp_path / "switch"
+
+    @delayed
+    def first(number: int) -> int:
+        return marked(path, f"first-{number}", number)
+
+    @delayed
+    def last(numbers: list[int]) -> int:
+        if not switch.exists():
+            raise ValueError("not yet")
+        return marked(path, "last", sum(numbers))
+
+    x = last([first(number) for number in range(4)])
+    scheduler = connect(resume="later", plan="none")
+    with pytest.raises(ValueError, match="not yet"):
+        x.compute(scheduler=scheduler)
+    record = kept_runs.read("later")
+    assert record is not None
+    assert record.status == "failed"
+    assert len(labels(bucket_names())) == 4
+    switch.touch()
+    assert x.compute(scheduler=scheduler) == 6
+    assert report().reused == 4
+    assert set(marks.counts().values()) == {1}
+    assert len(labels(bucket_names())) == 1
+
+
+# -- objects that are not what they should be -----------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["corrupt", "swapped", "truncated"])
+def test_a_damaged_result_is_computed_again(
+    connect: Connect,
+    marks: Marks,
+    aws: Any,
+    bucket_names: Names,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
+) -> None:
+    path = marks.path
+
+    @delayed
+    def block(number: int) -> np.ndarray:
+        return marked(path, f"block-{number}", np.full(100, number))
+
+    blocks = [block(number) for number in range(3)]
+    scheduler = connect(resume="it", plan="none")
+    expected = [[n] * 100 for n in range(3)]
+    found = dask.compute(*blocks, scheduler=scheduler)
+    assert [x.tolist() for x in found] == expected
+    marks.clear()
+    s3 = aws.client("s3")
+    names = [name for name in bucket_names() if not name.endswith("manifest")]
+    body = s3.get_object(Bucket=aws.bucket, Key=names[0])["Body"].read()
+    if way == "corrupt":
+        body = body[:-1] + bytes([body[-1] ^ 1])
+    elif way == "truncated":
+        body = body[: len(body) // 2]
+    else:
+        body = s3.get_object(Bucket=aws.bucket, Key=names[1])["Body"].read()
+    s3.put_object(Bucket=aws.bucket, Key=names[0], Body=body)
+
+    total = delayed(lambda xs: int(sum(x.sum() for x in xs)))(blocks)
+    assert total.compute(scheduler=scheduler) == 300  # on the worker
+
+    assert sum(marks.counts().values()) == 1
+    assert "goes on without what is damaged" in caplog.text
+    assert [x.tolist() for x in dask.compute(*blocks, scheduler=scheduler)] == expected
+    assert report().invocations == 0
+
+
+def test_results_that_were_deleted_are_computed_again(
+    connect: Connect, marks: Marks, aws: Any, bucket_names: Names
+) -> None:
+    scheduler = connect(resume="it")
+    for _ in range(2):
+        marks.clear()
+        assert chain(marks).compute(scheduler=scheduler) == 10
+        assert set(marks.counts().values()) == {1}
+        for name in bucket_names():
+            aws.client("s3").delete_object(Bucket=aws.bucket, Key=name)
+
+
+def test_nothing_made_from_a_lost_draw_is_used_beside_a_new_one(
+    connect: Connect, aws: Any, bucket_names: Names
+) -> None:
+    """The draw itself is no result: it was deleted when its first reader was done."""
+
+    def draw() -> float:
+        return random.SystemRandom().random()
+
+    one = delayed(draw)()
+    plus, minus = one + 1, delayed(lambda x: x - 1)(one)
+    scheduler = connect(resume="draws", plan="none")
+    first = plus.compute(scheduler=scheduler, optimize_graph=False)
+    assert plus.compute(scheduler=scheduler, optimize_graph=False) == first
+    a, b = dask.compute(plus, minus, scheduler=scheduler, optimize_graph=False)
+    assert a - b == pytest.approx(2)
+    assert a != first
+    assert dask.compute(plus, minus, scheduler=scheduler, optimize_graph=False) == (a, b)
+
+
+def test_large_results_are_found_through_their_pointers(
+    connect: Connect, marks: Marks, aws: Any, deploy: Any, bucket_names: Names
+) -> None:
+    small_parts = """
+from lambda_worker import store
+store.Parts.__init__.__defaults__ = (8 * 2**20, 8 * 2**20, 1000, 5 * 2**20)
+from lambda_worker.handler import handler
+"""
+    function = deploy({"parts.py": small_parts}, "parts.handler")
+    path = marks.path
+    x = delayed(lambda: marked(path, "large", np.arange(5000)))()
+    scheduler = connect(resume="large", function=function)
+    for _ in range(2):
+        assert x.compute(scheduler=scheduler).sum() == np.arange(5000).sum()
+    assert marks.counts() == {"large": 1}
+    (attempt,) = [name for name in bucket_names() if "~/" in name]
+    aws.client("s3").delete_object(Bucket=aws.bucket, Key=attempt)
+    assert x.compute(scheduler=scheduler).sum() == np.arange(5000).sum()
+    assert marks.counts() == {"large": 2}
+
+
+# -- names, locks, records ------------------------------------------------------------------------
+
+
+def test_a_name_is_one_computation_at_a_time(
+    connect: Connect, marks: Marks, tmp_path: Path
+) -> None:
+    gate, seen = tmp_path / "gate", tmp_path / "seen"
+
+    @delayed
+    def wait() -> int:
+        seen.touch()
+        return eventually(gate.exists, 30)
+
+    scheduler = connect(resume="one")
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(wait().compute(scheduler=scheduler)))
+    thread.start()
+    try:
+        assert eventually(seen.exists, 30)
+        with pytest.raises(ConfigurationError, match="another thread of this process"):
+            chain(marks).compute(scheduler=scheduler)
+        program = "from dask_lambda import kept_runs\nwith kept_runs.locked('one'): pass"
+        other = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert f"used by process {os.getpid()}" in other.stderr
+    finally:
+        gate.touch()
+        thread.join()
+    assert found == [True]
+    assert chain(marks).compute(scheduler=scheduler) == 10
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", ".hidden", "x" * 101, "ä"])
+def test_names_that_cannot_be_file_names(connect: Connect, marks: Marks, name: str) -> None:
+    with pytest.raises(ConfigurationError, match="name"):
+        chain(marks).compute(scheduler=connect(), resume=name)
+
+
+def test_records_are_for_their_owner_only(connect: Connect, marks: Marks) -> None:
+    chain(marks).compute(scheduler=connect(resume="mine"))
+    directory = kept_runs.runs_directory()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
+
+
+def test_s3_holds_no_secret(connect: Connect, aws: Any, bucket_names: Names, marks: Marks) -> None:
+    chain(marks).compute(scheduler=connect(resume="mine", keep=True))
+    text = (kept_runs.runs_directory() / "mine.json").read_text()
+    secret = json.loads(text)["secret"]
+    record = kept_runs.read("mine")
+    assert record is not None
+    for name in bucket_names():
+        body = aws.client("s3").get_object(Bucket=aws.bucket, Key=name)["Body"].read()
+        assert record.secret not in body
+        assert secret.encode() not in body
+
+
+def test_a_name_belongs_to_one_bucket(connect: Connect, marks: Marks, aws: Any) -> None:
+    chain(marks).compute(scheduler=connect(resume="here"))
+    with pytest.raises(ConfigurationError, match="choose another name"):
+        chain(marks).compute(scheduler=connect(resume="here", prefix="elsewhere"))
+
+
+# -- other ways to compute ------------------------------------------------------------------------
+
+
+def test_what_is_persisted_under_a_name_stays(
+    connect: Connect, marks: Marks, bucket_names: Names
+) -> None:
+    scheduler = connect(resume="blocks")
+    kept = chain(marks).persist(scheduler=scheduler)
+    assert kept.compute(scheduler=scheduler) == 10
+    del kept
+    scheduler.close()
+    assert len(labels(bucket_names())) == 1
+    again = chain(marks).persist(scheduler=connect(resume="blocks"))
+    assert report().invocations == 0
+    assert (again + 1).compute(scheduler=connect(resume="blocks")) == 11
+    assert set(marks.counts().values()) == {1}
+
+
+def test_what_could_not_be_found_again_is_not_persisted(connect: Connect) -> None:
+    lock = threading.Lock()
+    x = delayed(lambda: lock.acquire())()
+    with pytest.raises(ConfigurationError, match="persist without resume"):
+        x.persist(scheduler=connect(resume="blocks"))
+
+
+def test_tasks_without_a_fingerprint_run_each_time(
+    connect: Connect, marks: Marks, caplog: pytest.LogCaptureFixture, bucket_names: Names
+) -> None:
+    path = marks.path
+
+    class Moody:
+        """Can be pickled, and taken apart only now and then."""
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            import sys
+
+            if "dask_lambda.fingerprint" in sys._getframe(1).f_globals.get("__name__", ""):
+                raise TypeError("not today")
+            return Moody, ()
+
+    @delayed
+    def moody(x: Any, mood: Any) -> int:
+        return marked(path, "moody", x + 1)
+
+    before = delayed(lambda: marked(path, "before", 1))()
+    x = moody(before, Moody())
+    scheduler = connect(resume="it", keep=True, plan="none")
+    assert x.compute(scheduler=scheduler, optimize_graph=False) == 2
+    assert x.compute(scheduler=scheduler, optimize_graph=False) == 2
+    assert marks.counts() == {"before": 1, "moody": 2}
+    assert "1 tasks of 'moody' cannot be resumed" in caplog.text
+    assert "not today" in caplog.text
+
+
+def test_progress_bars_see_what_is_reused_as_done(connect: Connect, marks: Marks) -> None:
+    scheduler = connect(resume="it", plan="none", keep=True)
+    chain(marks, 3).compute(scheduler=scheduler, optimize_graph=False)
+    with Profiler() as profiler:
+        x = chain(marks, 5)
+        assert x.compute(scheduler=scheduler, optimize_graph=False) == 10
+    assert len(profiler.results) == len(x.__dask_graph__())
+    assert set(marks.counts().values()) == {1}
+
+
+def test_a_callback_that_looks_at_values_sees_all_of_them(connect: Connect, marks: Marks) -> None:
+    from dask.callbacks import Callback
+
+    scheduler = connect(resume="it", keep=True)
+    chain(marks, 4).compute(scheduler=scheduler)
+    seen = []
+    with Callback(posttask=lambda key, value, *rest: seen.append(value)):
+        assert chain(marks, 4).compute(scheduler=scheduler, optimize_graph=False) == 6
+    assert {0, 1, 3, 6} <= set(seen)
+
+
+# -- a killed client ------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, sys, time
+import dask, dask.array as da, numpy as np
+from dask import delayed
+from dask_lambda import LambdaScheduler, last_report
+
+what, marks, function, bucket, endpoint = sys.argv[1:]
+scheduler = LambdaScheduler(backend="aws", function=function, bucket=bucket, region="us-east-1",
+                            endpoint_url=endpoint, concurrency=2, resume="killed")
+
+def mark(name):
+    handle = os.open(marks, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(handle, f"{name}\\n".encode())
+    os.close(handle)
+
+def visible(block, block_info=None):
+    mark("block-%s-%s" % block_info[None]["chunk-location"])
+    time.sleep(0.02)
+    return block
+
+if what == "cholesky":
+    x = da.random.default_rng(1).random((480, 480), chunks=80)
+    y = x @ x.T + 480 * da.eye(480, chunks=80)
+    seen = y.map_blocks(visible, dtype=float, meta=np.ones((0, 0)))
+    found = da.linalg.cholesky(seen, lower=True).compute(scheduler=scheduler)
+    assert np.allclose(found @ found.T, y.compute(scheduler="sync"))
+elif what == "delayed":
+    @delayed
+    def load(i):
+        mark(f"load-{i}")
+        time.sleep(0.05)
+        return np.full(1000, i)
+    @delayed
+    def work(i, x):
+        mark(f"work-{i}")
+        time.sleep(0.05)
+        return x * 2
+    @delayed
+    def total(xs):
+        mark("total")
+        return float(sum(x.sum() for x in xs))
+    loaded = [load(i) for i in range(30)]
+    found = total([work(i, x) for i, x in enumerate(loaded)]).compute(scheduler=scheduler)
+    assert found == 2 * 1000 * sum(range(30))
+elif what == "draws":
+    @delayed
+    def draw(i):
+        mark(f"draw-{i}")
+        time.sleep(0.02)
+        return int.from_bytes(os.urandom(6), "big")
+    @delayed
+    def negate(i, x):
+        mark(f"negate-{i}")
+        time.sleep(0.05)
+        return -x
+    @delayed
+    def square(i, x):
+        mark(f"square-{i}")
+        time.sleep(0.05)
+        return x * x
+    drawn = [draw(i) for i in range(20)]
+    negated = [negate(i, x) for i, x in enumerate(drawn)]
+    squared = [square(i, x) for i, x in enumerate(drawn)]
+    a, b = dask.compute(negated, squared, scheduler=scheduler)
+    assert all(y == x * x for x, y in zip(a, b)), (a, b)
+report = last_report()
+print(report.tasks, report.reused, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("what", "total"), [("cholesky", 21), ("delayed", 61), ("draws", 60)])
+def test_a_killed_client_loses_nothing_that_was_committed(
+    aws: Any, credentials: dict[str, str], marks: Marks, what: str, total: int
+) -> None:
+    def client(seed: int) -> subprocess.Popen[str]:
+        arguments = [what, str(marks.path), aws.function, aws.bucket, aws.endpoint_url]
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                **credentials,
+                "PYTHONPATH": str(ROOT),
+                "PYTHONHASHSEED": str(seed),
+            },
+        )
+
+    killed = client(1)
+    try:
+        assert eventually(lambda: sum(marks.counts().values()) >= total // 2, 60)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+    record = kept_runs.read("killed")
+    assert record is not None
+    assert record.status == "running"
+    done = sum(marks.counts().values())
+    assert done < total
+
+    second = client(2)
+    try:
+        out, errors = second.communicate(timeout=120)
+    finally:
+        second.kill()
+        second.communicate()
+    assert second.returncode == 0, errors
+    reused = int(out.split()[1])
+    assert reused > 0
+    again = sum(count - 1 for count in marks.counts().values())
+    # What was in flight when the client was killed may not have been committed.
+    assert again <= 4 + 0.05 * done, (done, again, marks.counts())
+    assert len(marks.counts()) == total
