@@ -75,8 +75,6 @@ FETCHES = 32
 MAX_HELD_BYTES = 256 * 2**20
 #: How long closing waits for invocations in flight, whose outputs are then deleted.
 CLOSE_SECONDS = 0.5
-#: How often a result is asked for while S3 or the credentials fail.
-RENEW_SECONDS, MAX_RENEW_SECONDS = 0.25, 10.0
 #: How long obstore's threads get at the end of the interpreter, to hand over what is done.
 REST_SECONDS = 0.05
 
@@ -278,7 +276,7 @@ class Engine:
         claim_process()
         secret = self._objects.secret_of(reference)
         work = partial(fetch_sealed, self._store, reference, secret)
-        sealed: Sealed = self._call(self._patiently(PATIENCE, work)).result()
+        sealed: Sealed = self._call(self._objects.patiently(PATIENCE, work)).result()
         return sealed.load()
 
     def survey(self, record: KeptRun) -> Inventory:
@@ -603,7 +601,7 @@ class Engine:
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
             work = partial(fetch_sealed, run.store, value, run.secret)
-            run.results[key] = await self._patiently(run.patience, work)
+            run.results[key] = await self._objects.patiently(run.patience, work)
 
     async def _fetch_stored(self, run: Run, key: Key) -> None:
         """Fetch a result that another run has stored."""
@@ -611,28 +609,7 @@ class Engine:
         secret = self._objects.secret_of(reference)
         async with self._fetching:
             work = partial(fetch_sealed, run.store, reference, secret)
-            run.results[key] = await self._patiently(run.patience, work)
-
-    async def _patiently(
-        self, patience: float, work: Callable[[], Coroutine[Any, Any, Sealed]]
-    ) -> Sealed:
-        """Do something with S3, again and again for as long as patience lasts.
-
-        Each request was tried for a while already; but all has been computed, and would be lost.
-        """
-        deadline = self._loop.time() + patience
-        delay = RENEW_SECONDS
-        while True:
-            try:
-                return await work()
-            except StoreError as error:
-                passing = error.kind in ("expired", "transient")
-                if not passing or self._loop.time() + delay > deadline:
-                    raise
-                if error.kind == "expired":
-                    await asyncio.to_thread(self.backend.refresh)
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, MAX_RENEW_SECONDS)
+            run.results[key] = await self._objects.patiently(run.patience, work)
 
     async def _finish(self, run: Run, failure: Failure | None, group: Group | None) -> None:
         """Tell the caller the outcome, when nothing of the run is left in the bucket."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from dask_lambda import errors
 from dask_lambda.encode import all_of
@@ -24,11 +25,15 @@ from lambda_worker.store import Store
 
 logger = logging.getLogger("dask_lambda")
 
+T = TypeVar("T")
+
 #: Deletes are collected for so many seconds, or until there are so many.
 DELETE_DELAY = 0.25
 DELETE_BATCH = 1000
-#: Until obstore asks for the credentials that were found.
-RENEW_SECONDS = 0.2
+#: How often something is asked of S3 again while it or the credentials fail.
+RENEW_SECONDS, MAX_RENEW_SECONDS = 0.25, 10.0
+#: How long deletions are tried again: the caller may be waiting for them.
+DELETE_PATIENCE = 2.0
 
 
 def told_outputs(run: Run, group: Group, records: Any) -> list[tuple[Key, Value]]:
@@ -226,7 +231,8 @@ class Objects:
             for key in found:
                 run.kept[key] = run.values.pop(key)
             return
-        await all_of(run.encoder.spill(run.values[key]) for key in found)
+        spill = run.encoder.spill
+        await all_of(self.patiently(run.patience, partial(spill, run.values[key])) for key in found)
         for key in found:
             value = run.values.pop(key)
             run.held -= run.inline.pop(key, 0)
@@ -273,17 +279,30 @@ class Objects:
         self._deletes.add(task)
         task.add_done_callback(self._deletes.discard)
 
+    async def patiently(self, patience: float, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do something with S3, again and again for as long as patience lasts.
+
+        Each request was tried for a while already.  But where this is used, all has been computed,
+        and would be lost.
+        """
+        loop = asyncio.get_running_loop()
+        deadline, delay = loop.time() + patience, RENEW_SECONDS
+        while True:
+            try:
+                return await work()
+            except StoreError as error:
+                passing = error.kind in ("expired", "transient")
+                if not passing or loop.time() + delay > deadline:
+                    raise
+                if error.kind == "expired":
+                    await asyncio.to_thread(self._refresh)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MAX_RENEW_SECONDS)
+
     async def delete(self, store: Store, names: list[str]) -> None:
         """Delete objects now; if that fails, it is logged."""
         try:
-            try:
-                await store.delete_async(names)
-            except StoreError as error:
-                if error.kind != "expired":
-                    raise
-                await asyncio.to_thread(self._refresh)
-                await asyncio.sleep(RENEW_SECONDS)
-                await store.delete_async(names)
+            await self.patiently(DELETE_PATIENCE, partial(store.delete_async, names))
         except StoreError as error:
             logger.warning("%d objects are left behind: %s", len(names), error)
 

@@ -27,7 +27,7 @@ class Policy:
     # -- the window
     decrease: float = 0.9  #: of the limit, when Lambda refuses (it says so at once and for free)
     decrease_interval: float = 1.0  #: one burst of throttles shrinks the limit once
-    growth: float = 0.05  #: of limit and rate, in each second after a refusal
+    growth: float = 0.1  #: of limit and rate, in each second
     rate_burst: float = 0.1  #: seconds' worth of requests that may be sent at once
 
     # -- batches

@@ -16,7 +16,10 @@ from dask_lambda.policy import Policy
 
 #: A run never stops asking.
 MIN_LIMIT = 1.0
-MIN_RATE = 1.0
+#: Requests a second for each environment that an account may have (Lambda quotas).
+MIN_RATE = 10.0
+#: In a second: the limit grows at least by so much.
+MIN_STEP = 1.0
 ROUNDING = 1e-6
 
 
@@ -46,11 +49,10 @@ class Window:
         self.refusals = 0
         self._policy = policy
         self._now = 0.0  # up to when limit, rate and tokens have grown
-        self._limit_step = self._rate_step = 0.0  # growth in a second
-        self._last_decrease = self._last_slowdown = -math.inf
+        self._last_decrease = -math.inf
         self._tokens = 0.0
         self._second = -math.inf  # begin of the present second of counting
-        self._sent = self._sent_before = 0  # in it, and in the one before
+        self._sent = self._refused = 0  # in it
 
     def resize(self, size: int) -> None:
         """Change the size; what was learnt about Lambda stays."""
@@ -74,9 +76,9 @@ class Window:
         self._grow(now)
         at = now
         if in_flight >= self.allowed:
-            if in_flight >= self.size or not self._limit_step:
+            if in_flight >= self.size:
                 return None
-            at += (in_flight + 0.5 + ROUNDING - self.limit) / self._limit_step
+            at += (in_flight + 0.5 + ROUNDING - self.limit) / self._step
         if self.rate != math.inf:
             at = max(at, now + (1 - self._tokens) / self.rate)
         return at
@@ -84,8 +86,9 @@ class Window:
     def sent(self, now: float) -> None:
         """Take note of an invocation."""
         if now - self._second >= 1:
-            self._sent_before = self._sent if now - self._second < 2 else 0
-            self._sent, self._second = 0, now
+            self._judge()
+            self._sent = self._refused = 0
+            self._second = now
         self._sent += 1
         self._tokens -= 1
 
@@ -102,26 +105,36 @@ class Window:
             self._last_decrease = now
             self.refusals += 1
             self.limit = max(MIN_LIMIT, self.limit * self._policy.decrease)
-        self._limit_step = max(1.0, self.limit * self._policy.growth)
 
     def rate_limited(self, now: float) -> None:
         """Take note that there were too many a second."""
-        if now - self._last_slowdown < self._policy.decrease_interval:
-            return
         self._grow(now)
-        self._last_slowdown = now
-        self.refusals += 1
-        if self.rate == math.inf:
-            self.rate, self._tokens = float(max(self._sent, self._sent_before)), 0.0
-        self.rate = max(MIN_RATE, self.rate * self._policy.decrease)
-        self._rate_step = self.rate * self._policy.growth
+        if self.rate == math.inf:  # until the second is over, and one knows better
+            self.rate, self._tokens = max(MIN_RATE, self._sent * self._policy.decrease), 0.0
+        self.refusals += not self._refused
+        self._refused += 1
+
+    def _judge(self) -> None:
+        """Learn from a second in which some were refused: what was accepted is the rate.
+
+        If not many were sent, that says little, and the rate falls by a factor.
+        """
+        if self._refused:
+            many = self._sent >= self.rate / 2
+            taken = float(self._sent - self._refused)
+            self.rate = max(MIN_RATE, taken if many else self.rate * self._policy.decrease)
+
+    @property
+    def _step(self) -> float:
+        """How much the limit grows in a second."""
+        return max(MIN_STEP, self.limit * self._policy.growth)
 
     def _grow(self, now: float) -> None:
         """Let limit and rate grow with time: what is long in flight must not be waited for."""
         passed, self._now = now - self._now, now
         if self.limit < self.size:
-            self.limit = min(float(self.size), self.limit + self._limit_step * passed)
+            self.limit = min(float(self.size), self.limit + self._step * passed)
         if self.rate != math.inf:
             burst = max(1.0, self.rate * self._policy.rate_burst)
             self._tokens = min(burst, self._tokens + self.rate * passed)
-            self.rate += self._rate_step * passed
+            self.rate *= (1 + self._policy.growth) ** passed
