@@ -24,7 +24,7 @@ def test_mixed_graphs_under_random_faults_end_rightly_and_leave_nothing(
     for name, value in credentials.items():
         monkeypatch.setenv(name, value)
     names = list(graphs.GRAPHS)
-    setups = [Setup.of(FIRST_SEED + i, names[i % len(names)]) for i in range(3 * len(names))]
+    setups = [Setup.of(FIRST_SEED + i, names[i % len(names)]) for i in range(2 * len(names))]
     table = Table()
     with Soak(aws) as context:
         soak(context, setups, time.monotonic() + 100, table)

@@ -184,11 +184,11 @@ def _during(rng: random.Random) -> Fault:
 
 def _stall(forwarded: bool, bound: str = "transient") -> Maker:
     name = "stall after" if forwarded else "stall before"
-    return lambda rng: Fault(name, Stall(10 ** rng.uniform(-1, 0), forwarded), bound)
+    return lambda rng: Fault(name, Stall(10 ** rng.uniform(-1.5, -0.3), forwarded), bound)
 
 
 def _delay(rng: random.Random) -> Fault:
-    return Fault("delay", Delay(10 ** rng.uniform(-1.5, 0)), "none")
+    return Fault("delay", Delay(10 ** rng.uniform(-2, -0.3)), "none")
 
 
 def _duplicate(rng: random.Random) -> Fault:

@@ -44,7 +44,7 @@ from tests.faults.proxy import Proxy
 from tests.helpers import eventually
 
 #: Runs at the same time.
-THREADS = 24
+THREADS = 32
 #: Between two looks at the bucket.
 ROUND = 250
 #: A run that takes longer hangs: the stalls and waits of the worst plan are a fraction of that.
@@ -54,7 +54,7 @@ FUNCTION_TIMEOUT = 20
 #: How long the last invocations of runs that have ended may take, and what they wrote be there.
 DRAIN_SECONDS = 60.0
 #: Invocations at the same time, of the schedulers.
-WINDOWS = (6, 4)
+WINDOWS = (16, 8)
 
 #: How often each intensity is chosen.
 MIX = {
