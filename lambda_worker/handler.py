@@ -210,16 +210,20 @@ class Invocation:
             return data
         if not value.shared:
             return self._download(value, secret)
+        # What is resumed may have replaced an object by another one of the same name: a cached one
+        # is of use as long as the client's session, which a lease has a name for, and no longer.
+        own = protocol.run_of(name) == self.request.run
+        cached = f"{self.request.lease} {name}" if own else name
         with self._locks.setdefault(name, threading.Lock()):  # two readers download it once
-            data = environment.cache.get(name)
+            data = environment.cache.get(cached)
             if data is not None:
                 try:
                     codec.verify(data, secret, name)
                     return memoryview(data).toreadonly()
                 except IntegrityError:
-                    environment.cache.drop(name)
+                    environment.cache.drop(cached)
             data = self._download(value, secret)
-            if environment.cache.put(name, data):
+            if environment.cache.put(cached, data):
                 return memoryview(data).toreadonly()
             return data
 

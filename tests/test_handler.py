@@ -292,6 +292,18 @@ def test_an_input_with_one_reader_is_not_cached(client):
     assert len(handler.environment.cache) == 0
 
 
+def test_an_object_that_was_written_anew_in_another_session_is_not_taken_from_the_cache(client):
+    """What is resumed may have dropped an object that two attempts make differently."""
+    for session in ("lease-1", "lease-2"):
+        stored = client.put("x", session)
+        stored.shared = True
+        event = client.event(client.group(Task("y", str, TaskRef("x")), inputs={"x": stored}))
+        event["lease"] = [name_of(session), False]
+        (record,) = handler.handler(event, CONTEXT)["groups"]
+        assert client.load(record["outputs"][0]) == session
+        client.store.delete(stored.name)
+
+
 def test_a_cached_object_is_verified_for_each_reader(client):
     stored = client.put("x", 41, OTHER_RUN, OTHER_SECRET)
     stored.shared = True
