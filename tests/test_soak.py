@@ -24,9 +24,9 @@ def test_mixed_graphs_under_random_faults_end_rightly_and_leave_nothing(
     for name, value in credentials.items():
         monkeypatch.setenv(name, value)
     names = list(graphs.GRAPHS)
-    setups = [Setup.of(FIRST_SEED + i, names[i % len(names)]) for i in range(2 * len(names))]
+    setups = [Setup.of(FIRST_SEED + i, names[i % len(names)]) for i in range(len(names))]
     table = Table()
-    with Soak(aws) as context:
+    with Soak(aws, windows=(5, 3)) as context:
         soak(context, setups, time.monotonic() + 100, table)
     assert not table.bad, f"\n{table}"
     assert table.counts["runs"] == len(setups)

@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ HANG_SECONDS = 180.0
 FUNCTION_TIMEOUT = 20
 #: How long the last invocations of runs that have ended may take, and what they wrote be there.
 DRAIN_SECONDS = 60.0
-#: Invocations at the same time, of the schedulers.
+#: Invocations at the same time, of the schedulers: most of them wait for what was stalled.
 WINDOWS = (16, 8)
 
 #: How often each intensity is chosen.
@@ -166,10 +166,18 @@ class Soak:
     aws : LocalAWS
     without : iterable of str
         Names of faults that do not happen.
+    windows : sequence of int
+        Invocations at the same time, of each of the two schedulers.
     """
 
-    def __init__(self, aws: LocalAWS, without: Iterable[str] = ()):
+    def __init__(
+        self,
+        aws: LocalAWS,
+        without: Iterable[str] = (),
+        windows: Sequence[int] = WINDOWS,
+    ):
         self.aws = aws
+        self.windows = windows
         self.without = frozenset(without)
         self.dealer = Dealer()
         self.proxy = Proxy(aws.endpoint_url, self.dealer)
@@ -180,7 +188,7 @@ class Soak:
     def __enter__(self) -> Soak:
         self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._stack.enter_context(self.proxy)
-        for number, window in enumerate(WINDOWS):
+        for number, window in enumerate(self.windows):
             function = deploy(
                 self.aws,
                 f"{self.aws.function}-soak-{number}",
