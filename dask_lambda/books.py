@@ -30,6 +30,7 @@ class Job:
     tries: int = 0
     failures: dict[FailureKind, int] = field(default_factory=dict)
     failing_since: float | None = None  #: for reasons outside of it, without another in between
+    due: float = 0.0  #: when it was to be tried again
     in_flight: int = 0  #: invocations
     done: bool = False
 

@@ -340,6 +340,7 @@ class State:
         bound = min(policy.max_backoff, policy.backoff * 2.0 ** min(max(count - 1, 0), 60))
         self._counter += 1
         at = now + self._random.uniform(0, bound)
+        job.due = at
         heapq.heappush(self._delayed, (at, self._counter, job))
 
     def _notice(
@@ -399,6 +400,8 @@ class State:
             self._send(jobs, now, out)
             for job in jobs:
                 job.tries += 1
+                if job.failing_since is not None:  # waiting for room is not trying
+                    job.failing_since += now - job.due
 
     def _send(
         self,

@@ -115,6 +115,18 @@ def test_another_failure_in_between_renews_the_patience():
         script.wake_until_flying("a")
 
 
+def test_waiting_for_room_does_not_cost_patience():
+    script = Script(window=1, policy=Policy(transient_tries=1))
+    script.add("r", group("a"), group("long", priority=-1), patience=10.0)
+    script.end("long")
+    script.end("a", TRANSIENT)
+    script.add("s", group("longer"))
+    script.now = 100.0
+    script.end("longer", run="s")
+    script.end("a", TRANSIENT)
+    assert not script.ended()
+
+
 def test_the_user_hears_now_and_then_of_what_is_tried_in_vain():
     script = Script(policy=Policy(notice_after=20.0, notice_every=60.0, max_backoff=5.0))
     script.add("r", group("a"), patience=300.0)

@@ -193,6 +193,10 @@ class Play:
                         run.starts[it] += not speculative
                         run.flying[it] += 1
                         run.delayed.pop(it, None)
+                    if not speculative:
+                        for job in self.state.in_flight[invocation].jobs:
+                            if job.spec in run.since:  # the machine alone knows what it drew
+                                run.since[job.spec] += self.now - job.due
                     self.flying[invocation] = instruction
                     room += 1
                     assert room <= self.window
