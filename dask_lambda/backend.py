@@ -80,6 +80,7 @@ def _local(settings: Settings) -> AWSBackend:
         BotocoreCredentials(aws.access_key_id, aws.secret_access_key),
         aws.endpoint_url,
         settings.timeout,
+        aws.memory,
     )
     bucket = open_bucket(
         aws.bucket,

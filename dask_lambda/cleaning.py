@@ -116,11 +116,11 @@ class Bucket:
         return bucket
 
     def _answers(self) -> bool:
-        from botocore.exceptions import ClientError, EndpointConnectionError
+        from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             self._s3.head_bucket(Bucket=self.place.bucket)
-        except EndpointConnectionError:
+        except BotoCoreError:  # nobody is there, or there are no credentials for it
             return False
         except ClientError as error:
             return error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404)

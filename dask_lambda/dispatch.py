@@ -160,6 +160,7 @@ class Engine:
         patience: float = PATIENCE,
         max_cost_usd: float | None = None,
         max_seconds: float | None = None,
+        memory_mb: int = MAX_MEMORY,
         folder: Folder | None = None,
     ) -> Run:
         """Start a run.
@@ -184,6 +185,8 @@ class Engine:
             Seconds for which a group is tried while the network or AWS fails.
         max_cost_usd, max_seconds : float, optional
             The run is stopped before it exceeds them.
+        memory_mb : int
+            Of the usual function, as far as is known before it says so itself: for its price.
         folder : Folder, optional
             Where the run's objects are, if they outlive it.  Then all results go there, and
             ``inline_bytes`` is for the graph's own data.
@@ -228,6 +231,7 @@ class Engine:
             patience=patience,
             max_cost_usd=max_cost_usd,
             max_seconds=max_seconds,
+            memory_mb=memory_mb,
             folder=folder,
         )
         with self._lock:  # close() ends every run that was started before it
@@ -379,7 +383,7 @@ class Engine:
         return Budget(
             math.inf if run.max_cost_usd is None else run.max_cost_usd,
             math.inf if run.max_seconds is None else run.started + run.max_seconds,
-            tuple((i.memory_mb or MAX_MEMORY) / 1024 * gb_second for i in self.backend.invokers),
+            tuple((i.memory_mb or run.memory_mb) / 1024 * gb_second for i in self.backend.invokers),
         )
 
     def _handle(self, event: Event) -> None:
@@ -534,9 +538,9 @@ class Engine:
     def _over_budget(self, run: Run) -> Failure:
         limits = {"max_cost_usd": run.max_cost_usd, "max_seconds": run.max_seconds}
         said = " and ".join(f"{name}={value:g}" for name, value in limits.items() if value)
-        return failures.from_budget(
-            run.counts.usd(run.store.counts, self.prices), time.monotonic() - run.started, said
-        )
+        usd = run.counts.usd(run.store.counts, self.prices)
+        name = "" if run.folder is None else run.folder.record.name
+        return failures.from_budget(usd, time.monotonic() - run.started, said, name)
 
     async def _cancel(self, run: Run) -> None:
         if run.over:

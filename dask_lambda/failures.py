@@ -456,7 +456,7 @@ def _store_failure(kind: str, message: str) -> Failure:
 # ---------------------------------------------------------------------------------------------
 
 
-def from_budget(spent_usd: float, seconds: float, limits: str) -> Failure:
+def from_budget(spent_usd: float, seconds: float, limits: str, name: str = "") -> Failure:
     """Build the failure of a run that may not spend more.
 
     Parameters
@@ -466,14 +466,21 @@ def from_budget(spent_usd: float, seconds: float, limits: str) -> Failure:
         That it took.
     limits : str
         What it was allowed, in the words of the settings.
+    name : str
+        Under which its results are kept, if they are.
     """
+    advice = "Raise the limit and compute again"
+    if name:
+        advice += f" with resume={name!r}: what is done is kept, and is not computed again."
+    else:
+        advice += "; with resume='a name' what is done would have been kept."
     return Failure(
         FailureKind.BUDGET,
         Detail(
             errors.BudgetExceededError,
             f"the run was stopped before it exceeds {limits}: it took {seconds:,.1f} s and "
             f"about ${spent_usd:.6f} so far",
-            "Raise the limit and compute again.",
+            advice,
         ),
     )
 

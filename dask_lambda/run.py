@@ -146,6 +146,7 @@ class Run:
     patience: float = PATIENCE
     max_cost_usd: float | None = None
     max_seconds: float | None = None
+    memory_mb: int = 0
     started: float = field(default_factory=time.monotonic)
     spent: float = 0.0  # US dollars that the state machine knows of
     unbilled: float = 0.0  # of them: for invocations of whose end nothing was heard

@@ -353,6 +353,7 @@ class LambdaScheduler:
                 patience=settings.patience,
                 max_cost_usd=settings.max_cost_usd,
                 max_seconds=settings.max_seconds,
+                memory_mb=settings.memory,
                 folder=resumption.folder(plan) if resumption is not None else None,
             )
             run.counts.reused = reused

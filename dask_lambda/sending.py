@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import failures
-from dask_lambda.config import MAX_MEMORY
 from dask_lambda.cost import Prices
 from dask_lambda.events import Done, Failure, FailureKind, Invoke
 from dask_lambda.objects import told_outputs
@@ -92,7 +91,7 @@ class Sender:
         with run.encoder.lease.held():
             reply: Reply = await invoker.invoke(payload)
         if reply.ran and reply.content is None and reply.billed_ms is None:  # nobody says how long
-            gb_seconds = (time.monotonic() - sent) * (invoker.memory_mb or MAX_MEMORY) / 1024
+            gb_seconds = (time.monotonic() - sent) * (invoker.memory_mb or run.memory_mb) / 1024
             run.unbilled += gb_seconds * self._prices.lambda_gb_second
         self._count(run, instruction, reply, invoker.memory_mb)
         content = reply.content

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ from dask import delayed
 from dask.diagnostics import Profiler
 
 import dask_lambda
-from dask_lambda import kept_runs
-from dask_lambda.errors import ConfigurationError
+from dask_lambda import kept_runs, lambda_get
+from dask_lambda.errors import BudgetExceededError, ConfigurationError
 from tests.helpers import eventually, report
 
 pytestmark = pytest.mark.local
@@ -579,3 +580,16 @@ def test_a_client_that_is_stopped_loses_nothing_that_was_committed(
     # What was in flight when the client was killed may not have been committed.
     assert again <= 4 + 0.05 * done, (done, again, marks.counts())
     assert len(marks.counts()) == total
+
+
+def test_what_the_money_sufficed_for_is_kept() -> None:
+    wait = delayed(lambda i: time.sleep(0.2) or i)
+    settings = {"scheduler": lambda_get, "plan": "none"}
+    dask.compute(*(wait(i) for i in range(12)), **settings)  # no cold start below
+    tasks = [wait(i) for i in range(100)]
+    with pytest.raises(BudgetExceededError, match="resume='cheap': what is done is kept"):
+        dask.compute(*tasks, **settings, resume="cheap", max_cost_usd=0.0005)
+    done = report().tasks
+    assert done
+    assert dask.compute(*tasks, **settings, resume="cheap") == tuple(range(100))
+    assert report().reused == done
