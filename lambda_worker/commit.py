@@ -12,6 +12,8 @@ attempt writes all of them under names of its own, and the client takes the firs
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from typing import Any
 
 from lambda_worker import codec, protocol
 from lambda_worker.errors import IntegrityError
@@ -20,6 +22,8 @@ from lambda_worker.store import Store
 
 #: A pointer is smaller; an object of up to this size may be one.
 MAX_POINTER_BYTES = 2048
+#: How often such an object is fetched before it is taken for a value of its own.
+POINTER_LOOKS = 2
 
 
 def commit(
@@ -82,11 +86,20 @@ def commit(
 def _first(store: Store, name: str, size: int, secret: bytes) -> Value:
     """Describe the output that was there first: an object of its own, or what one points to."""
     if size <= MAX_POINTER_BYTES:
-        data = store.get(name, size)
-        try:
-            frames = codec.unseal(data, secret, protocol.pointer_name(name))
-        except IntegrityError:  # a small value, whose tag is bound to another name
-            return Value(name, size)
-        target, length = json.loads(bytes(frames[0]))
-        return Value(target, length)
+        for _ in range(POINTER_LOOKS):
+            with suppress(IntegrityError):  # a small value, or damaged on the way
+                return pointed(store.get(name, size), secret, name)
     return Value(name, size)
+
+
+def pointed(data: Any, secret: bytes, name: str) -> Value:
+    """Return what a pointer to an output points to.
+
+    Raises
+    ------
+    IntegrityError
+        If it is none: a small value, whose tag is bound to another name, or damaged.
+    """
+    frames = codec.unseal(data, secret, protocol.pointer_name(name))
+    target, size = json.loads(bytes(frames[0]))
+    return Value(target, size)

@@ -22,7 +22,7 @@ from lambda_worker.commit import commit
 from lambda_worker.errors import IntegrityError, StoreError
 from lambda_worker.protocol import Value
 from lambda_worker.store import Parts, Store, open_bucket
-from tests.faults.proxy import Proxy, Reset, s3_error
+from tests.faults.proxy import Corrupt, Proxy, Reset, Truncate, s3_error
 from tests.helpers import report
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("without_lease")]
@@ -209,6 +209,18 @@ def test_what_may_be_left_after_a_failure_is_told(
     assert left == set(bucket_names())
     asyncio.run(store.delete_async(sorted(left)))
     assert bucket_names() == []
+
+
+@pytest.mark.parametrize("damage", [Corrupt(), Truncate(0.5, announced=False)])
+def test_a_pointer_that_is_damaged_on_the_way_is_fetched_once_more(
+    store: Store, proxy: Proxy, damage: Corrupt | Truncate
+) -> None:
+    won, _ = commit_value(store, LARGE)
+    proxy.plan(get=[damage])
+    again, left = commit_value(store, OTHER)
+    assert again == won
+    assert proxy.seen["get"] == 2
+    assert not left
 
 
 def test_a_forged_pointer_is_not_followed(store: Store) -> None:
