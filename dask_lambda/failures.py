@@ -336,7 +336,7 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
     ----------
     record : dict
     leased : bool
-        Whether the run's lease was written: else a worker that misses it is right to stop.
+        Whether the run's lease was written in time: else a worker that misses it is right to stop.
     """
     kind, message = record["kind"], record["message"]
     key = record.get("key", "")

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lambda_worker import codec
 from lambda_worker.errors import StoreError
+from lambda_worker.lease import LATE
 from lambda_worker.store import Store
 
 logger = logging.getLogger("dask_lambda")
@@ -47,6 +50,7 @@ class Lease:
         self._secret = secret
         self._writing: asyncio.Task[None] | None = None
         self._ended = False
+        self._since = math.inf
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -59,6 +63,14 @@ class Lease:
             yield
         finally:
             timer.cancel()
+
+    def was_due(self, sent: float) -> bool:
+        """Whether an invocation that was sent at this time found the lease, unless it is gone.
+
+        A worker that was not told of it takes it for gone when it misses it after some seconds;
+        by the time that this is heard, a client that S3 held up may have written it.
+        """
+        return self._since <= sent + LATE
 
     async def end(self) -> None:
         """Delete the lease, so that workers stop.  Idempotent."""
@@ -79,7 +91,7 @@ class Lease:
         try:
             sealed = codec.seal([memoryview(b"lease")], self._secret, self._object)
             await self._store.put_new_async(self._object, sealed)
-            self.name, self.there = self._object, True
+            self.name, self.there, self._since = self._object, True, time.monotonic()
         except StoreError as error:  # no reason to stop the run
             self.name = ""
             logger.debug("the lease of a run could not be written: %s", error)

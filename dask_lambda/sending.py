@@ -117,7 +117,7 @@ class Sender:
             run.uncertain.update(filter(run.encoder.owns, record.get("left", ())))
             if "error" in record:  # perhaps after one of its outputs was written
                 run.uncertain.update(map(run.object_name, group.outputs))
-                leased = run.encoder.lease.there
+                leased = run.encoder.lease.was_due(sent)
                 outcomes.append(failures.from_record(record["error"], leased=leased))
             else:
                 run.counts.compute_seconds += record["seconds"]

@@ -154,7 +154,7 @@ class State:
     def _set_alarm(self, now: float, out: list[Instruction]) -> None:
         """Ask to be woken when there is something to do, if nothing happens before."""
         at = self._delayed[0][0] if self._delayed else math.inf
-        if self._watching and self.in_flight:
+        if self._watching and (self.in_flight or self._delayed):
             at = min(at, self._next_check)
         if self._rotation and (opens := self.window.opens(len(self.in_flight), now)) is not None:
             at = min(at, opens)

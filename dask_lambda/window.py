@@ -20,6 +20,8 @@ MIN_LIMIT = 1.0
 MIN_RATE = 10.0
 #: In a second: the limit grows at least by so much.
 MIN_STEP = 1.0
+#: A rate that was learnt so many seconds before anything else was sent says nothing any more.
+FORGET_SECONDS = 600.0
 ROUNDING = 1e-6
 
 
@@ -137,4 +139,7 @@ class Window:
         if self.rate != math.inf:
             burst = max(1.0, self.rate * self._policy.rate_burst)
             self._tokens = min(burst, self._tokens + self.rate * passed)
-            self.rate *= (1 + self._policy.growth) ** passed
+            if passed > FORGET_SECONDS:  # after a break; growth would exceed what a float holds
+                self.rate = math.inf
+            else:
+                self.rate *= (1 + self._policy.growth) ** passed

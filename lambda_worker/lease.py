@@ -17,8 +17,8 @@ from lambda_worker.errors import StoreError
 #: When an invocation looks for the lease first, and how often then at the most, in seconds.  A look
 #: is a HEAD: some 27 ms, and the price of 12 ms of a function with one vCPU.
 AFTER, EVERY = 2.0, 2.0
-#: A lease that is not there after so many seconds was there before: the client writes it when the
-#: invocation has taken one second.
+#: A lease that is not there when one looks after so many seconds was there before: the client
+#: writes it when the invocation has taken one second.
 LATE = 6.0
 #: How long the next task waits for an answer; if it comes later, it counts before the task after.
 WAIT = 0.2
@@ -43,12 +43,15 @@ class LeaseWatch:
         self._started = time.monotonic()
         self._next = self._started + AFTER
         self._look: Future[bool] | None = None
+        self._late = False  # whether the lease had to be there when that began
         self._gone = False
 
     def gone(self) -> bool:
         """Return whether the run has ended; to be asked before each task."""
         wait = 0.0
-        if self._look is None and not self._gone and time.monotonic() >= self._next:
+        now = time.monotonic()
+        if self._look is None and not self._gone and now >= self._next:
+            self._late = now - self._started >= LATE
             self._look = self._pool.submit(self._exists)
             wait = WAIT
         if self._look is not None:
@@ -63,6 +66,5 @@ class LeaseWatch:
         return self._gone
 
     def _answered(self, there: bool) -> None:
-        late = time.monotonic() - self._started >= LATE
-        self._gone = not there and (self._expected or late)
+        self._gone = not there and (self._expected or self._late)
         self._expected = self._expected or there

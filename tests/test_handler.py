@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -678,6 +679,29 @@ def test_a_lease_that_does_not_come_in_time_was_deleted_before(client, leased, m
     monkeypatch.setattr(lease, "LATE", 0.0)
     (said,) = leased(three_steps(client, inc), there=False, said=False)
     assert said["error"]["kind"] == "cancelled"
+
+
+def test_an_answer_is_as_old_as_the_question(monkeypatch):
+    """A task takes long while S3 answers: the client may have written the lease meanwhile."""
+    clock, looks = [0.0], []
+
+    class Pool(Executor):
+        def submit(self, *work):
+            looks.append(Future())
+            return looks[-1]
+
+    monkeypatch.setattr(lease, "WAIT", 0.0)
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    watch = lease.LeaseWatch(lambda: True, False, Pool())
+    clock[0] = lease.AFTER
+    assert not watch.gone()
+    clock[0] = lease.LATE + 1
+    looks.pop().set_result(False)
+    assert not watch.gone()
+    clock[0] += lease.EVERY
+    watch.gone()
+    looks.pop().set_result(False)
+    assert watch.gone()
 
 
 def test_a_look_is_counted(client, leased):

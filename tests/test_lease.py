@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import threading
@@ -12,11 +13,14 @@ from typing import Any
 
 import pytest
 from dask._task_spec import Task, TaskRef
+from obstore.store import MemoryStore
 
 from dask_lambda import LambdaScheduler
 from dask_lambda import lease as client_lease
 from dask_lambda.errors import RunDeletedError
 from dask_lambda.local import LocalAWS
+from lambda_worker.lease import LATE
+from lambda_worker.store import Store
 from tests.faults.proxy import Proxy, Request
 from tests.helpers import eventually, report
 
@@ -159,3 +163,20 @@ def test_a_short_run_has_no_lease(
     monkeypatch.setattr(client_lease, "AFTER", 60.0)
     connect().get(row(tmp_path, 0.0, 3), "step-2")
     assert (report().s3_puts, report().s3_deletes) == (0, 0)
+
+
+def test_a_worker_that_the_lease_came_too_late_for_was_not_betrayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """S3 may hold up the client for longer than a worker waits."""
+    monkeypatch.setattr(client_lease, "AFTER", 0.0)
+
+    async def written() -> tuple[bool, bool]:
+        lease = client_lease.Lease(Store(MemoryStore()), "0/p/r/lease", b"secret")
+        now = time.monotonic()
+        with lease.held():
+            while not lease.there:
+                await asyncio.sleep(0.01)
+        return lease.was_due(now), lease.was_due(now - LATE)
+
+    assert asyncio.run(written()) == (True, False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dask_lambda.events import Budget, FailureKind
-from tests.state_script import TASK, Script, group
+from dask_lambda.policy import Policy
+from tests.state_script import TASK, TRANSIENT, Script, group
 
 #: A cent a second.
 CENT = (0.01,)
@@ -109,6 +110,18 @@ def test_a_run_ends_at_its_time():
         script.wake()
     assert 100.0 <= script.now <= 101.1
     assert failure(script) is FailureKind.BUDGET
+
+
+def test_a_run_ends_at_its_time_also_while_it_waits_to_try_again():
+    script = Script(policy=Policy(backoff=1000.0, max_backoff=1000.0), seed=1)
+    script.add("r", group("a"), budget=Budget(until=10.0))
+    script.end("a", TRANSIENT)
+    assert not script.flying
+    while not script.ended():
+        script.wake()
+    assert 10.0 <= script.now <= 11.1
+    assert failure(script) is FailureKind.BUDGET
+    assert script.drained() == ["r"]
 
 
 @pytest.mark.parametrize("kind", ["usd", "until"])

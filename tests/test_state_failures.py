@@ -419,6 +419,19 @@ def test_the_rate_grows_again():
     assert script.state.window.rate > 2 * slow
 
 
+def test_a_rate_is_forgotten_in_a_long_break():
+    """A notebook computes in the morning, is refused, and computes again in the afternoon."""
+    script = Script(window=1000)
+    script.add("r", *(group(f"g{i}") for i in range(50)))
+    script.end("g0", RATE_LIMITED)
+    script.wake_until_flying_or_ended("g0")
+    for i in range(50):
+        script.end(f"g{i}")
+    script.now += 4 * 3600.0
+    script.add("s", *(group(f"h{i}") for i in range(500)))
+    assert len(script.flying) == 500
+
+
 def test_the_limit_never_falls_below_one():
     script = Script(window=4)
     flood(script, 4)
