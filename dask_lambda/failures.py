@@ -343,7 +343,7 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
     match kind:
         case "exception":
             value = record.get("exception")
-            advice = ""
+            advice = _MORE_MEMORY if record.get("memory") else ""
             if "module" in record:
                 advice = (
                     f"The package or module {record['module']!r} is not installed on the "
@@ -456,7 +456,7 @@ def _store_failure(kind: str, message: str) -> Failure:
 # ---------------------------------------------------------------------------------------------
 
 
-def from_budget(spent_usd: float, seconds: float, limits: str) -> Failure:
+def from_budget(spent_usd: float, seconds: float, limits: str, *, named: bool) -> Failure:
     """Build the failure of a run that may not spend more.
 
     Parameters
@@ -466,6 +466,8 @@ def from_budget(spent_usd: float, seconds: float, limits: str) -> Failure:
         That it took.
     limits : str
         What it was allowed, in the words of the settings.
+    named : bool
+        Whether its results stay, under a name.
     """
     return Failure(
         FailureKind.BUDGET,
@@ -473,7 +475,12 @@ def from_budget(spent_usd: float, seconds: float, limits: str) -> Failure:
             errors.BudgetExceededError,
             f"the run was stopped before it exceeds {limits}: it took {seconds:,.1f} s and "
             f"about ${spent_usd:.6f} so far",
-            "Raise the limit and compute again.",
+            "Raise the limit and compute again: "
+            + (
+                "it goes on where it was stopped."
+                if named
+                else "from the beginning, since nothing is kept without a name (resume='...')."
+            ),
         ),
     )
 
@@ -515,7 +522,9 @@ def to_exception(failure: Failure, key: str, secrets: dict[str, bytes]) -> BaseE
             words += (
                 f" (shown as text, since it cannot be rebuilt here: {detail.fields['unpicklable']})"
             )
-    exception = detail.error(f"{words}. {detail.advice}" if detail.advice else words)
+    if detail.advice:
+        words += f"{' ' if words.endswith('.') else '. '}{detail.advice}"
+    exception = detail.error(words)
     if detail.note:
         heading = "Remote traceback:\n" if detail.error is errors.RemoteError else ""
         _add_note(exception, heading + detail.note.rstrip())
