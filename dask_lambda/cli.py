@@ -128,8 +128,14 @@ def runs() -> None:
 def list_runs(as_json: bool) -> None:
     """List the kept runs of this user on this machine."""
     from dask_lambda import kept_runs
+    from dask_lambda.errors import ConfigurationError
 
-    found = [_describe_run(name) for name in kept_runs.names()]
+    found = []
+    for name in kept_runs.names():
+        try:
+            found.append(_describe_run(name))
+        except ConfigurationError as error:  # a broken record hides no others
+            click.echo(f"{name}: {error}", err=True)
     if as_json:
         _print_json({"runs": found})
         return

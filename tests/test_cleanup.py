@@ -299,12 +299,14 @@ def test_kept_runs_of_an_embedded_aws_that_has_ended_are_gone(
     monkeypatch.setenv("DASK_LAMBDA_STATE_DIR", str(tmp_path))
     place = kept_runs.Place("dask-lambda-local", "dask-lambda", "us-east-1", "http://127.0.0.1:9")
     kept_runs.write(kept_runs.KeptRun.new("old", place, "dask-lambda"))
+    (kept_runs.runs_directory() / "broken.json").write_text("{}")
     listed = unconfigured(tmp_path, "runs", "list", "--json")
     assert listed.returncode == 0, listed.stderr
-    (found,) = json.loads(listed.stdout)["runs"]
+    (found,) = json.loads(listed.stdout)["runs"]  # and not the broken one
     assert (found["name"], found["status"], found["objects"]) == ("old", "gone", 0)
+    assert "broken.json" in listed.stderr
     assert unconfigured(tmp_path, "runs", "delete", "old", "--yes").returncode == 0
-    assert not kept_runs.names()
+    assert kept_runs.names() == ["broken"]
 
 
 def test_without_credentials_the_command_says_what_to_do(
