@@ -13,7 +13,12 @@ from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
 from dask_lambda import kept_runs
-from dask_lambda.errors import ConfigurationError, IntegrityError, LostDataError
+from dask_lambda.errors import (
+    ConfigurationError,
+    IntegrityError,
+    LocalAWSError,
+    LostDataError,
+)
 from dask_lambda.fingerprint import Fingerprints, fingerprints
 from dask_lambda.graph import Graph
 from dask_lambda.kept_folder import Folder, Inventory, named
@@ -107,7 +112,7 @@ class Resumption:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
             self.record.status = "failed"
-            if not isinstance(error, ConfigurationError):
+            if not isinstance(error, ConfigurationError | LocalAWSError):
                 with suppress(Exception):  # it may forbid attributes
                     error.add_note(
                         f"What was done is kept under the name {self.name!r}: compute again with "
