@@ -44,6 +44,7 @@ class AWSBackend:
     region: str
     endpoint_url: str | None
     s3: Callable[[], Any]  #: makes a botocore client, for what is no matter of a run
+    lasting: bool = True  #: whether what is in the bucket outlives this process
 
 
 def open_backend(settings: Settings) -> AWSBackend:
@@ -105,6 +106,7 @@ def _local(settings: Settings) -> AWSBackend:
         region=aws.region,
         endpoint_url=aws.endpoint_url,
         s3=partial(aws.client, "s3"),
+        lasting=aws.is_shared,
     )
 
 

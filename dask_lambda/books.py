@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dask_lambda.events import PATIENCE, Budget, FailureKind
 from dask_lambda.pace import TRUST, Pace
@@ -109,6 +109,13 @@ class RunBook:
             self.speculative_usd += usd - flight.reserved
 
     # -- money ---------------------------------------------------------------------------------
+
+    def priced(self, rung: int, usd_second: float) -> None:
+        """Take note of what a second of a function costs."""
+        if self.budget is not None and rung < len(self.budget.usd_second):
+            known = list(self.budget.usd_second)
+            known[rung] = usd_second
+            self.budget = replace(self.budget, usd_second=tuple(known))
 
     def expected_usd(self, jobs: Sequence[Job], pace: Pace) -> float:
         """Return what an invocation is expected to cost, as far as the run has seen it."""

@@ -1,7 +1,8 @@
 """What clients have left in a bucket, and its removal.
 
-May import: kept_runs, kept_folder, lifecycle, config, cost, errors, the ground; botocore, boto3 and
-local_shared late.  For the command line: it talks to S3 with a botocore client and no engine.
+May import: kept_runs, kept_folder, lifecycle, credentials, config, cost, errors, the ground;
+botocore, boto3 and local_shared late.  For the command line: it talks to S3 with a botocore client
+and no engine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from urllib.parse import urlsplit
 
 from dask_lambda import kept_runs, lifecycle
 from dask_lambda.config import Settings
-from dask_lambda.errors import AccessDeniedError, ConfigurationError, DaskLambdaError
+from dask_lambda.credentials import NO_CREDENTIALS
+from dask_lambda.errors import (
+    AccessDeniedError,
+    BucketNotFoundError,
+    ConfigurationError,
+    DaskLambdaError,
+)
 from dask_lambda.kept_folder import kept_prefix
 from dask_lambda.kept_runs import KeptRun, Place
 from lambda_worker import protocol
@@ -37,6 +44,8 @@ class FoundRun:
     ----------
     run : str
     kept : bool
+    name : str, optional
+        Of a kept run whose record is on this machine.
     objects, nbytes : int
     newest : datetime
         When the last of them was written.
@@ -44,6 +53,7 @@ class FoundRun:
 
     run: str
     kept: bool
+    name: str | None = None
     objects: int = 0
     nbytes: int = 0
     newest: datetime = NEVER
@@ -116,12 +126,19 @@ class Bucket:
         return bucket
 
     def _answers(self) -> bool:
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            EndpointConnectionError,
+            NoCredentialsError,
+        )
 
         try:
             self._s3.head_bucket(Bucket=self.place.bucket)
-        except BotoCoreError:  # nobody is there, or there are no credentials for it
-            return False
+        except (EndpointConnectionError, NoCredentialsError):
+            return False  # an embedded AWS of ours needs none of the user's
+        except BotoCoreError:  # a later request says what is wrong
+            return True
         except ClientError as error:
             return error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404)
         return True
@@ -166,6 +183,8 @@ class Bucket:
         for each in self.runs(kept=False) + (self.runs(kept=True) if kept else []):
             if each.newest > before:
                 continue
+            if each.run in records:
+                each.name = records[each.run].name
             if dry or self._delete_old(each, before, records.get(each.run)):
                 cleaned.runs.append(each)
         for prefix in (self.place.prefix, *([kept_prefix(self.place.prefix)] if kept else [])):
@@ -347,17 +366,23 @@ def _client(place: Place) -> Any:
 
 @contextmanager
 def _translated(action: str, bucket: str) -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     try:
         yield
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
+        if code == "NoSuchBucket":
+            raise BucketNotFoundError(
+                f"the bucket {bucket!r} does not exist ({action}): check dask-lambda.bucket"
+            ) from error
         if code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
             raise AccessDeniedError(
                 f"access denied: {action} on bucket {bucket!r} ({error}): check the credentials, "
                 "and that the policy allows the action"
             ) from error
         raise DaskLambdaError(f"{action} on bucket {bucket!r} failed: {error}") from error
+    except NoCredentialsError as error:
+        raise AccessDeniedError(f"{action} on bucket {bucket!r}: {NO_CREDENTIALS}") from error
     except BotoCoreError as error:
         raise DaskLambdaError(f"{action} on bucket {bucket!r} failed: {error}") from error

@@ -61,7 +61,7 @@ def main() -> None:
 
 @main.group()
 def local() -> None:
-    """Keep an embedded AWS running on this machine, for several processes."""
+    """Keep an embedded AWS running, for several programs."""
 
 
 @local.command()
@@ -128,8 +128,14 @@ def runs() -> None:
 def list_runs(as_json: bool) -> None:
     """List the kept runs of this user on this machine."""
     from dask_lambda import kept_runs
+    from dask_lambda.errors import ConfigurationError
 
-    found = [_describe_run(name) for name in kept_runs.names()]
+    found = []
+    for name in kept_runs.names():
+        try:
+            found.append(_describe_run(name))
+        except ConfigurationError as error:  # a broken record hides no others
+            click.echo(f"{name}: {error}", err=True)
     if as_json:
         _print_json({"runs": found})
         return
@@ -185,10 +191,10 @@ def delete(name: str, yes: bool, as_json: bool) -> None:
 @yes
 @as_json
 def clean(older_than: str, kept: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Delete what killed clients have left in the configured bucket.
+    """Delete what killed programs have left in the bucket.
 
-    Only objects with names like ours are looked at.  A run that goes on writes objects, so choose
-    a time that no run is silent for.
+    Only objects with names like ours are looked at, in the bucket that is configured.  A run that
+    goes on writes objects, so choose a time that no run is silent for.
     """
     from datetime import timedelta
 
@@ -213,6 +219,7 @@ def clean(older_than: str, kept: bool, dry_run: bool, yes: bool, as_json: bool) 
             {
                 "run": each.run,
                 "kept": each.kept,
+                "name": each.name,
                 "objects": each.objects,
                 "bytes": each.nbytes,
                 "newest": each.newest.isoformat(),
@@ -226,13 +233,13 @@ def clean(older_than: str, kept: bool, dry_run: bool, yes: bool, as_json: bool) 
 
 @main.group(name="lifecycle")
 def lifecycle_rules() -> None:
-    """Have S3 itself delete what killed clients leave behind."""
+    """Have S3 itself delete what killed programs leave."""
 
 
 @lifecycle_rules.command(name="show")
 @as_json
 def show_lifecycle(as_json: bool) -> None:
-    """Say after how many days the configured bucket deletes our objects."""
+    """Say after how many days S3 deletes our objects."""
     from dask_lambda.kept_folder import kept_prefix
     from dask_lambda.lifecycle import days_of
 
@@ -247,7 +254,7 @@ def show_lifecycle(as_json: bool) -> None:
         _print_json({"days": days, "kept_days": kept_days})
         return
     for what, number in (("objects of runs", days), ("kept runs", kept_days)):
-        said = f"are deleted after {number} days" if number else "are not deleted"
+        said = f"are deleted after {_days(number)}" if number else "are not deleted"
         click.echo(f"{what} {said}")
 
 
@@ -255,23 +262,33 @@ def show_lifecycle(as_json: bool) -> None:
 @click.option("--days", type=click.IntRange(min=1), required=True, help="Age of the objects.")
 @click.option("--kept", is_flag=True, help="Kept runs as well.")
 @as_json
-def install(days: int, kept: bool, as_json: bool) -> None:
-    """Add our rules to those of the configured bucket; others stay as they are."""
+@click.pass_context
+def install(context: click.Context, days: int, kept: bool, as_json: bool) -> None:
+    """Add our rules to the bucket's; others stay.
+
+    They are for objects below our prefix only, in the bucket that is configured.
+    """
     bucket = _configured()
     if bucket is None:
         _nothing_there(as_json, {"installed": False})
-        return
+        context.exit(1)
     bucket.install(days, kept=kept)
     if as_json:
         _print_json({"installed": True, "days": days, "kept": kept})
     else:
-        click.echo(f"objects in {bucket.place.bucket} are deleted after {days} days")
+        place = bucket.place
+        said = f"objects of runs in {place.bucket} (*/{place.prefix}/*)"
+        click.echo(f"{said} are deleted after {_days(days)}")
+        if kept:
+            from dask_lambda.kept_folder import kept_prefix
+
+            click.echo(f"and kept runs (*/{kept_prefix(place.prefix)}/*) as well")
 
 
 @lifecycle_rules.command()
 @as_json
 def remove(as_json: bool) -> None:
-    """Remove our rules from the configured bucket, and no others."""
+    """Remove our rules from the bucket; others stay."""
     bucket = _configured()
     if bucket is None:
         _nothing_there(as_json, {"removed": False})
@@ -305,10 +322,13 @@ def _describe_run(name: str) -> dict[str, Any]:
     record = _record(name)
     objects: int | None = None
     nbytes: int | None = None
+    status: str = record.status
     try:
         bucket = Bucket.of(record.place)
         objects = nbytes = 0
-        if bucket is not None:
+        if bucket is None:
+            status = "gone"  # with the embedded AWS
+        else:
             found = bucket.run(record.run, kept=True)
             objects, nbytes = found.objects, found.nbytes
     except DaskLambdaError as error:
@@ -320,7 +340,7 @@ def _describe_run(name: str) -> dict[str, Any]:
 
     return {
         "name": record.name,
-        "status": record.status,
+        "status": status,
         "created": date(record.created),
         "used": date(record.used),
         "tasks": record.tasks,
@@ -360,13 +380,21 @@ def _nothing_there(as_json: bool, answer: dict[str, Any]) -> None:
 def _print_cleaned(found: Cleaned, bucket: Bucket, what: str) -> None:
     for each in found.runs:
         kind = "kept run" if each.kept else "run"
+        called = f" ({each.name})" if each.name else ""
         newest = each.newest.isoformat(timespec="seconds")
-        click.echo(f"{kind} {each.run}: {each.objects:,} objects, {_size(each.nbytes)}, {newest}")
+        click.echo(
+            f"{kind} {each.run}{called}: {each.objects:,} objects, {_size(each.nbytes)}, "
+            f"the newest of {newest}"
+        )
     objects = sum(each.objects for each in found.runs)
     click.echo(
         f"{what} in {bucket.place.bucket}: {len(found.runs):,} runs with {objects:,} objects, "
         f"{found.uploads:,} unfinished uploads"
     )
+
+
+def _days(number: int) -> str:
+    return "1 day" if number == 1 else f"{number:,} days"
 
 
 def _size(nbytes: int) -> str:

@@ -70,6 +70,7 @@ class Settings:
         values.update(overrides)
         for name in NONE_IS_A_WORD:
             values[name] = "none" if values[name] is None else values[name]
+        values["larger_functions"] = _by_size(values["larger_functions"])
         settings = cls(**values)
         settings._validate()
         return settings
@@ -99,7 +100,7 @@ class Settings:
         _check("timeout", self.timeout, timeout, lambda v: _int(v, 1, MAX_TIMEOUT))
         _check("retries", self.retries, "0 or more", lambda v: _int(v, 0))
         _check("speculate", self.speculate, "true or false", lambda v: isinstance(v, bool))
-        _check("patience", self.patience, "a number of seconds", _seconds)
+        _check("patience", self.patience, "a number of seconds, 0 or more", _seconds)
         for name in ("max_cost_usd", "max_seconds"):
             value = getattr(self, name)
             _check(name, value, "a number above 0", lambda v: v is None or (_seconds(v) and v))
@@ -164,6 +165,16 @@ def check_names(given: Iterable[str]) -> None:
         raise ConfigurationError(
             f"unknown setting {', '.join(map(repr, unknown))}; settings are {', '.join(names)}"
         )
+
+
+def _by_size(functions: Any) -> Any:
+    """Make numbers of memory sizes: Dask's configuration files can have texts only as names."""
+    if not isinstance(functions, dict):
+        return functions
+    return {
+        int(size) if isinstance(size, str) and size.isdecimal() else size: function
+        for size, function in functions.items()
+    }
 
 
 def _is_name(value: Any) -> bool:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 #: Many requests find out at the same time that credentials have expired: one look is enough.
 REFRESH_SECONDS = 1.0
 
+NO_CREDENTIALS = (
+    "no AWS credentials were found: log in, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY"
+)
+
 
 class Credentials:
     """One source of credentials, for signing Invokes and for S3.
@@ -45,8 +50,7 @@ class Credentials:
         self._current = find()
         if self._current is None:
             raise AccessDeniedError(
-                "no AWS credentials were found: log in, or set AWS_PROFILE or AWS_ACCESS_KEY_ID "
-                "and AWS_SECRET_ACCESS_KEY (or set dask-lambda.backend to 'local' to use none)"
+                f"{NO_CREDENTIALS} (or set dask-lambda.backend to 'local' to use none)"
             )
 
     def __repr__(self) -> str:

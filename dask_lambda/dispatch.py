@@ -379,12 +379,14 @@ class Engine:
     def _budget(self, run: Run) -> Budget | None:
         if run.max_cost_usd is None and run.max_seconds is None:
             return None
-        gb_second = self.prices.lambda_gb_second
         return Budget(
             math.inf if run.max_cost_usd is None else run.max_cost_usd,
             math.inf if run.max_seconds is None else run.started + run.max_seconds,
-            tuple((i.memory_mb or run.memory_mb) / 1024 * gb_second for i in self.backend.invokers),
+            tuple(self._usd_second(i.memory_mb or run.memory_mb) for i in self.backend.invokers),
         )
+
+    def _usd_second(self, memory_mb: int) -> float:
+        return memory_mb / 1024 * self.prices.lambda_gb_second
 
     def _handle(self, event: Event) -> None:
         for instruction in self.state.handle(event, time.monotonic()):
@@ -452,8 +454,11 @@ class Engine:
         if isinstance(outcomes, Failure):
             outcomes = [outcomes] * len(groups)
         usd, run.spent = run.spent, run.unbilled + run.counts.usd(run.store.counts, self.prices)
+        usd = run.spent - usd
+        memory_mb = self.backend.invokers[instruction.rung].memory_mb
+        price = None if memory_mb is None else self._usd_second(memory_mb)
         self._handle(
-            InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole, run.spent - usd)
+            InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole, usd, price)
         )
 
     def _accept(self, run: Run, group: Group, result: Result) -> None:

@@ -69,7 +69,8 @@ class Budget:
     until : float
         The moment at which it ends.
     usd_second : tuple of float
-        Price of a second of an invocation, for each function from the smallest memory on.
+        Price of a second of an invocation, for each function from the smallest memory on; the
+        highest there is for a function whose memory is not known yet.
     """
 
     usd: float = math.inf
@@ -141,12 +142,15 @@ class InvocationEnded:
         The invocation as such failed, so that nobody knows which group was the reason.
     usd : float
         What it cost, with its requests to S3, in US dollars.
+    usd_second : float, optional
+        Price of a second of its function, as soon as the function's memory is known.
     """
 
     invocation: int
     outcomes: tuple[Done | Failure, ...]
     as_a_whole: bool = False
     usd: float = 0.0
+    usd_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

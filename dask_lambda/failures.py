@@ -343,7 +343,7 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
     match kind:
         case "exception":
             value = record.get("exception")
-            advice = ""
+            advice = _MORE_MEMORY if record.get("memory") else ""
             if "module" in record:
                 advice = (
                     f"The package or module {record['module']!r} is not installed on the "
@@ -522,7 +522,9 @@ def to_exception(failure: Failure, key: str, secrets: dict[str, bytes]) -> BaseE
             words += (
                 f" (shown as text, since it cannot be rebuilt here: {detail.fields['unpicklable']})"
             )
-    exception = detail.error(f"{words}. {detail.advice}" if detail.advice else words)
+    if detail.advice:
+        words += f"{' ' if words.endswith('.') else '. '}{detail.advice}"
+    exception = detail.error(words)
     if detail.note:
         heading = "Remote traceback:\n" if detail.error is errors.RemoteError else ""
         _add_note(exception, heading + detail.note.rstrip())

@@ -91,6 +91,11 @@ class LocalAWS:
         self._owner = os.getpid() if supervisor else None
         self._ended: str | None = None
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it goes on when this process ends."""
+        return self._supervisor is None
+
     def __repr__(self) -> str:
         return (
             f"<LocalAWS {self.endpoint_url} function={self.function!r} bucket={self.bucket!r} "

@@ -59,12 +59,14 @@ def local_aws(*, log_level: int = logging.INFO, **settings: Any) -> LocalAWS:
     with _singleton_lock:
         aws = _singletons.get(name)
         if aws is None or not aws.is_alive():
-            aws = _matching_shared(settings) or LocalAWS.start(**settings, log_level=log_level)
+            aws = _matching_shared(settings, log_level) or LocalAWS.start(
+                **settings, log_level=log_level
+            )
             _singletons[name] = aws
         return aws
 
 
-def _matching_shared(settings: dict[str, Any]) -> LocalAWS | None:
+def _matching_shared(settings: dict[str, Any], log_level: int) -> LocalAWS | None:
     try:
         shared = shared_status()
     except OSError as error:
@@ -76,8 +78,11 @@ def _matching_shared(settings: dict[str, Any]) -> LocalAWS | None:
     differs = _differences(shared, worker_code() if code is None else code)
     differs += _setting_differences(shared, settings)
     if differs:
-        logger.info(
-            "the embedded AWS at %s is not used: %s", shared.endpoint_url, "; ".join(differs)
+        logger.log(
+            log_level,
+            "the embedded AWS that is kept running at %s is not used: %s",
+            shared.endpoint_url,
+            "; ".join(differs),
         )
         return None
     return shared

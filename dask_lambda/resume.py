@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
 from dask_lambda import kept_runs
-from dask_lambda.errors import ConfigurationError, IntegrityError, LostDataError
+from dask_lambda.errors import (
+    ConfigurationError,
+    IntegrityError,
+    LocalAWSError,
+    LostDataError,
+)
 from dask_lambda.fingerprint import Fingerprints, fingerprints
 from dask_lambda.graph import Graph
 from dask_lambda.kept_folder import Folder, Inventory, named
@@ -54,8 +59,10 @@ class Resumption:
     bucket : Bucket
     keep : bool
         Whether intermediate results stay.
-    transient : bool
-        Whether the place may be another one next time (an embedded AWS that ends with its process).
+    ended : callable
+        Whether nothing is left at another place: it was that of an embedded AWS which has ended.
+    lasting : bool
+        Whether the objects outlive this process.
 
     Raises
     ------
@@ -70,11 +77,12 @@ class Resumption:
         function: str,
         bucket: Bucket,
         *,
+        ended: Callable[[Place], bool],
         keep: bool = False,
-        transient: bool = False,
+        lasting: bool = True,
     ):
         self.name = kept_runs.new_name() if name is None else name
-        if name is None:
+        if name is None and lasting:
             logger.warning(
                 "the objects of this computation stay in the bucket, under the name %s: to use "
                 "them again, compute with resume=%r; to delete them: dask-lambda runs delete %s",
@@ -83,7 +91,7 @@ class Resumption:
                 self.name,
             )
         self._place, self._function, self._bucket = place, function, bucket
-        self._keep, self._transient = keep, transient
+        self._keep, self._ended, self._lasting = keep, ended, lasting
         self._stack = ExitStack()
         self._drops = 0
         self._inventory = Inventory()
@@ -104,6 +112,13 @@ class Resumption:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
             self.record.status = "failed"
+            if not isinstance(error, ConfigurationError | LocalAWSError):
+                with suppress(Exception):  # it may forbid attributes
+                    error.add_note(
+                        f"What was done is kept under the name {self.name!r}: compute again with "
+                        f"resume={self.name!r} to go on"
+                        + ("" if self._lasting else ", in this program")
+                    )
         self.record.used = time.time()
         try:
             kept_runs.write(self.record)
@@ -113,7 +128,7 @@ class Resumption:
     def _record(self) -> KeptRun:
         found = kept_runs.read(self.name)
         if found is not None and found.place != self._place:
-            if not self._transient:
+            if not self._ended(found.place):
                 raise ConfigurationError(
                     f"the objects of the kept run {self.name!r} are in {_said(found.place)}, not "
                     f"in {_said(self._place)}, which is configured now: choose another name, or "
@@ -121,12 +136,18 @@ class Resumption:
                 )
             logger.warning(
                 "nothing is left of the kept run %r: the embedded AWS that had its objects has "
-                "ended (dask-lambda local start keeps one running)",
+                "ended",
                 self.name,
             )
             found = None
         if found is None:
             found = KeptRun.new(self.name, self._place, self._function)
+            if not self._lasting:
+                logger.warning(
+                    "the kept run %r ends with this program, as the embedded AWS does that it "
+                    "has started: 'dask-lambda local start' keeps one running",
+                    self.name,
+                )
         found.status, found.function, found.used = "running", self._function, time.time()
         return found
 

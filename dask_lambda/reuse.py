@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from dask_lambda.entangled import entangled
 from dask_lambda.graph import Graph
 from dask_lambda.kernels import Catalogue
-from dask_lambda.plan import Group, topological
+from dask_lambda.plan import Group, kind_of, topological
 from dask_lambda.splitting import split
 from lambda_worker.protocol import Key, Reference
 
@@ -118,7 +118,20 @@ def _made_anew(graph: Graph, order: Sequence[Key], run: set[Key]) -> set[Key]:
     return changed
 
 
-def apart(graph: Graph, repeated: frozenset[Key], groups: Sequence[Group]) -> list[Group]:
+def all_kept(group: Group, repeated: frozenset[Key]) -> Group:
+    """Return a group that commits what each of its tasks makes.
+
+    Parameters
+    ----------
+    group : Group
+    repeated : frozenset of key
+        Cheap tasks that each group runs for itself: no group commits them.
+    """
+    outputs = [key for key in group.tasks if key in group.outputs or key not in repeated]
+    return replace(group, outputs=tuple(outputs), kind=kind_of(group.tasks, outputs))
+
+
+def apart(graph: Graph, repeated: frozenset[Key], groups: Iterable[Group]) -> list[Group]:
     """Split groups until no two outputs of one depend on what may differ from run to run.
 
     Parameters
@@ -126,7 +139,7 @@ def apart(graph: Graph, repeated: frozenset[Key], groups: Sequence[Group]) -> li
     graph : Graph
     repeated : frozenset of key
         As for :func:`dask_lambda.splitting.split`.
-    groups : sequence of Group
+    groups : iterable of Group
     """
     done: list[Group] = []
     waiting = list(groups)[::-1]

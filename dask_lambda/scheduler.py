@@ -10,8 +10,9 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import dask.config
@@ -37,7 +38,7 @@ from dask_lambda.kept_runs import Place
 from dask_lambda.plan import Group, Plan, cut_graph, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.resume import Resumption
-from dask_lambda.reuse import apart
+from dask_lambda.reuse import all_kept, apart
 from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
 from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts
@@ -56,6 +57,9 @@ history = History()
 
 #: How long Ctrl-C waits for the objects of the run to be deleted, in seconds.
 CANCEL_SECONDS = 0.8
+
+#: Keywords that resemble a setting so much (difflib's ratio) are taken for slips of the pen.
+SIMILAR = 0.75
 
 logger = logging.getLogger("dask_lambda")
 
@@ -259,7 +263,10 @@ class LambdaScheduler:
                     f"or set dask-lambda.{name.replace('_', '-')} in Dask's configuration"
                 )
             else:  # Dask hands any keyword on, and its own schedulers ignore what they do not know
-                logger.debug("the keyword %r means nothing to this scheduler", name)
+                meant = get_close_matches(name, CALL_SETTINGS, n=1, cutoff=SIMILAR)
+                level = logging.WARNING if meant else logging.DEBUG
+                also = f": is {meant[0]} meant?" if meant else ""
+                logger.log(level, "the keyword %r means nothing to this scheduler%s", name, also)
         return Settings.resolve(**overrides)
 
     def _run_named(
@@ -282,7 +289,8 @@ class LambdaScheduler:
             backend.function,
             engine,
             keep=settings.keep,
-            transient=settings.is_local,
+            ended=_has_ended if settings.is_local else _never_ends,
+            lasting=backend.lasting,
         )
         planner = _Planner.of(graph, replace(settings, inline_bytes=0), annotations, engine)
         with resumption:
@@ -333,7 +341,10 @@ class LambdaScheduler:
         planner = _Planner.of(graph, planned, annotations, engine)
         plan = planner.plan(finalise=not persist, cut=not named)
         if resumption is not None:
-            groups = apart(plan.graph, plan.repeated, plan.groups)
+            groups: Iterable[Group] = plan.groups
+            if settings.keep:
+                groups = [all_kept(each, plan.repeated) for each in groups]
+            groups = apart(plan.graph, plan.repeated, groups)
             plan = replace(plan, groups=tuple(groups))
         values = {key: graph.literals[key] for key in plan.fetch if key in graph.literals}
         if persist:
@@ -524,6 +535,18 @@ class _Planner:
         """Take note of what a worker measured."""
         known = [key for key in group.tasks if key in self._guessed.seconds]
         history.learn(self._guessed, known, measured)
+
+
+def _has_ended(place: Place) -> bool:
+    """Whether a place was that of an embedded AWS which is not the one that is kept running."""
+    from dask_lambda.local_shared import shared_status
+
+    shared = shared_status()
+    return shared is None or shared.endpoint_url != place.endpoint_url
+
+
+def _never_ends(place: Place) -> bool:
+    return False
 
 
 def _reference(engine: Engine, run: Run, key: Key) -> Reference:

@@ -37,6 +37,7 @@ class Backend(Protocol):
     function: str
     region: str
     endpoint_url: str | None
+    lasting: bool  #: whether what is in the bucket outlives this process
 
     def is_alive(self) -> bool:
         """Whether it can still be reached, as far as is known without asking it."""

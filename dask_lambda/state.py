@@ -209,6 +209,8 @@ class State:
         flight = self.in_flight.pop(event.invocation)
         run, jobs = flight.run, flight.jobs
         run.ended_one(flight, event.usd)
+        if event.usd_second is not None:
+            run.priced(flight.rung, event.usd_second)
         self._speculating -= flight.speculative
         share = 1 / len(jobs)
         released: list[Key] = []

@@ -55,6 +55,8 @@ _EXPIRED = re.compile(
 _BEHIND_THE_END = re.compile(r"\bstatus code: 416\b|Wanted range starting at")
 #: S3's own words.
 _SAID = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
+#: S3's answer in full, of which code and message say enough.
+_XML = re.compile(r":?\s*(<\?xml|<Error>).*", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -409,7 +411,7 @@ def _translated(action: str, name: str) -> Iterator[None]:
         elif isinstance(error, _DENIALS) or _DENIED.search(text):
             kind = "denied"
         said = _SAID.search(text)
-        text = text.partition("\n\nDebug source:")[0]
+        text = _XML.sub("", text.partition("\n\nDebug source:")[0])
         if said and said[1] not in text:
             text += f" ({said[1]}: {said[2]})"
         raise StoreError(kind, f"{action} {name}: {text}") from error

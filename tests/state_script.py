@@ -94,6 +94,7 @@ class Script:
         run: str = "r",
         whole: bool = False,
         usd: float = 0.0,
+        usd_second: float | None = None,
         duplicate: bool = False,
     ) -> None:
         """End the invocation in flight that makes a key, well if nothing is said."""
@@ -107,7 +108,7 @@ class Script:
         groups = self.flying.pop(invocation).groups
         if len(outcomes) < 2:
             outcomes = (outcomes or (DONE,)) * len(groups)
-        self.tell(InvocationEnded(invocation, outcomes, whole, usd))
+        self.tell(InvocationEnded(invocation, outcomes, whole, usd, usd_second))
 
     def wake(self) -> None:
         """Let the time of the earliest timer come."""

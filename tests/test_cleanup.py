@@ -17,7 +17,9 @@ import pytest
 from dask import delayed
 
 import dask_lambda
-from dask_lambda import lifecycle, signals
+from dask_lambda import kept_runs, lifecycle, signals
+from dask_lambda.cleaning import Bucket
+from dask_lambda.errors import BucketNotFoundError
 from tests.helpers import eventually
 
 pytestmark = pytest.mark.local
@@ -247,7 +249,8 @@ def test_kept_runs_are_cleaned_when_asked_for(
     assert "a month" in shown.stdout
     cli("clean", "--older-than", "0s", "--yes")
     assert len(bucket_names()) == count
-    cli("clean", "--older-than", "0s", "--kept", "--yes")
+    cleaned = cli("clean", "--older-than", "0s", "--kept", "--yes")
+    assert "(mine)" in cleaned.stdout
     assert not bucket_names()
     assert not kept()
 
@@ -260,20 +263,70 @@ def test_kept_runs_are_cleaned_when_asked_for(
     assert "there is no kept run 'mine'" in gone.stderr
 
 
-def test_without_a_bucket_there_is_nothing_to_clean(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dask_lambda", "clean", "--older-than", "1d"],
+def unconfigured(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command of a user without settings and without credentials."""
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("AWS_")}
+    return subprocess.run(
+        [sys.executable, "-m", "dask_lambda", *arguments],
         env={
-            **os.environ,
+            **environment,
             "PYTHONPATH": str(ROOT),
-            "DASK_LAMBDA_STATE_DIR": str(tmp_path),
+            "HOME": str(directory),
+            "DASK_LAMBDA_STATE_DIR": str(directory),
+            "AWS_EC2_METADATA_DISABLED": "true",
         },
         capture_output=True,
         text=True,
         timeout=60,
     )
+
+
+def test_without_a_bucket_there_is_nothing_to_clean(tmp_path: Path) -> None:
+    done = unconfigured(tmp_path, "clean", "--older-than", "1d")
     assert done.returncode == 0
     assert "ends with it, and leaves nothing" in done.stdout
+
+
+def test_without_a_bucket_no_rules_are_installed(tmp_path: Path) -> None:
+    done = unconfigured(tmp_path, "lifecycle", "install", "--days", "2", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout) == {"installed": False}
+
+
+def test_kept_runs_of_an_embedded_aws_that_has_ended_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DASK_LAMBDA_STATE_DIR", str(tmp_path))
+    place = kept_runs.Place("dask-lambda-local", "dask-lambda", "us-east-1", "http://127.0.0.1:9")
+    kept_runs.write(kept_runs.KeptRun.new("old", place, "dask-lambda"))
+    (kept_runs.runs_directory() / "broken.json").write_text("{}")
+    listed = unconfigured(tmp_path, "runs", "list", "--json")
+    assert listed.returncode == 0, listed.stderr
+    (found,) = json.loads(listed.stdout)["runs"]  # and not the broken one
+    assert (found["name"], found["status"], found["objects"]) == ("old", "gone", 0)
+    assert "broken.json" in listed.stderr
+    assert unconfigured(tmp_path, "runs", "delete", "old", "--yes").returncode == 0
+    assert kept_runs.names() == ["broken"]
+
+
+def test_without_credentials_the_command_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DASK_DASK_LAMBDA__FUNCTION", "f")
+    monkeypatch.setenv("DASK_DASK_LAMBDA__BUCKET", "b")
+    monkeypatch.setenv("DASK_DASK_LAMBDA__REGION", "us-east-1")
+    done = unconfigured(tmp_path, "clean", "--older-than", "1d")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "no AWS credentials were found: log in" in done.stderr
+
+
+def test_a_bucket_that_does_not_exist_is_named(aws: Any) -> None:
+    place = kept_runs.Place("not-there", "dask-lambda", "us-east-1", aws.endpoint_url)
+    with pytest.raises(
+        BucketNotFoundError, match=r"'not-there' does not exist.*dask-lambda\.bucket"
+    ):
+        Bucket(aws.client("s3"), place).runs(kept=False)
 
 
 # -- lifecycle rules ------------------------------------------------------------------------------

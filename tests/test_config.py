@@ -114,6 +114,15 @@ def test_environment_variables_and_files_are_read(tmp_path):
         ("retries", -1),
         ("retries", None),
         ("retries", "many"),
+        ("speculate", "x"),
+        ("patience", -1),
+        ("patience", "3m"),
+        ("max_cost_usd", 0),
+        ("max_seconds", True),
+        ("larger_functions", "big"),
+        ("larger_functions", {"3 GB": "big"}),
+        ("resume", 3),
+        ("keep", "yes"),
     ],
 )
 def test_a_bad_value_is_refused_by_name_from_wherever_it_comes(name, value):
@@ -127,6 +136,12 @@ def test_a_bad_value_is_refused_by_name_from_wherever_it_comes(name, value):
         assert repr(value) in str(info.value)
         assert "it must be" in str(info.value)
         assert isinstance(info.value, ValueError)
+
+
+@pytest.mark.parametrize("size", [3008, "3008"])
+def test_memory_sizes_may_be_texts_as_in_files_and_variables(size):
+    settings = Settings.resolve(function="f", bucket="b", larger_functions={size: "big"})
+    assert settings.larger_functions == {3008: "big"}
 
 
 @pytest.mark.parametrize(
@@ -181,6 +196,15 @@ def test_an_unknown_keyword_of_compute_is_refused_before_anything_starts():
     x = dask.delayed(int)("5")
     with pytest.raises(ConfigurationError, match="'memory'"):
         x.compute(scheduler=dask_lambda.LambdaScheduler(), memory=512)
+
+
+def test_a_keyword_of_compute_that_resembles_a_setting_is_pointed_out(caplog):
+    dsk = {"x": 1}
+    scheduler = dask_lambda.LambdaScheduler()
+    assert scheduler.get(dsk, "x", max_cost=1, num_workers=4) == 1
+    assert "'max_cost'" in caplog.text
+    assert "max_cost_usd" in caplog.text
+    assert "num_workers" not in caplog.text
 
 
 def test_a_misspelt_name_in_dasks_configuration_is_refused():

@@ -435,6 +435,21 @@ def test_a_missing_package_is_named_with_what_to_do():
     assert any("'left_pad' is not installed on the worker" in n for n in exception.__notes__)
 
 
+def test_pythons_own_memory_error_is_told_with_what_to_do():
+    exception = shown(failures.from_record(record_of(MemoryError(), memory=True)))
+    assert type(exception) is MemoryError
+    assert any("Make the chunks smaller" in n for n in exception.__notes__)
+
+
+@pytest.mark.parametrize(("named", "words"), [(True, "goes on"), (False, "from the beginning")])
+def test_a_budget_that_is_used_up_says_what_comes_next(named, words):
+    failure = failures.from_budget(0.5, 12.0, "max_cost_usd=0.5", named=named)
+    text = str(shown(failure, ""))
+    assert "12.0 s and about $0.5" in text
+    assert words in text
+    assert ("resume='...'" in text) != named
+
+
 def test_a_result_that_cannot_be_pickled_names_its_task():
     record = {"kind": "unserializable", "message": "its result, a generator, ...", "key": "'g'"}
     exception = shown(failures.from_record(record))

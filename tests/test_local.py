@@ -441,13 +441,17 @@ def test_a_forked_child_neither_stops_nor_keeps_the_parents(state: Path) -> None
 # One for several processes.
 
 
-def test_the_shared_one_is_used_if_it_matches(state: Path) -> None:
+def test_the_shared_one_is_used_if_it_matches(
+    state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert shared_status() is None
     shared = start_shared(concurrency=2)
     assert (state / "local.json").stat().st_mode & 0o777 == 0o600
     assert local_aws().endpoint_url == shared.endpoint_url
     assert local_aws(concurrency=2).endpoint_url == shared.endpoint_url
-    assert local_aws(concurrency=3).endpoint_url != shared.endpoint_url
+    caplog.clear()
+    assert local_aws(concurrency=3, log_level=logging.WARNING).endpoint_url != shared.endpoint_url
+    assert "is not used: its concurrency is 2, not 3" in caplog.text
     assert start_shared().pid == shared.pid
     with pytest.raises(LocalAWSError, match="its concurrency is 2, not 3"):
         start_shared(concurrency=3)

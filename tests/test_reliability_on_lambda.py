@@ -168,7 +168,7 @@ def test_larger_functions_must_be_there(connect: Connect) -> None:
         delayed(where)().compute(scheduler=scheduler)
 
 
-@pytest.mark.parametrize("functions", [{"3008": "f"}, {20_000: "f"}, {3008: ""}, "f"])
+@pytest.mark.parametrize("functions", [{"3 GB": "f"}, {20_000: "f"}, {3008: ""}, "f"])
 def test_larger_functions_that_mean_nothing_are_refused(connect: Connect, functions: Any) -> None:
     with pytest.raises(ConfigurationError, match="larger-functions"):
         delayed(where)().compute(scheduler=connect(larger_functions=functions))

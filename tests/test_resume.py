@@ -153,6 +153,38 @@ def test_keep_keeps_all_intermediate_results(
     assert len(labels(bucket_names())) == 1
 
 
+def test_keep_keeps_what_is_read_inside_its_own_group_only(
+    connect: Connect, marks: Marks, bucket_names: Names
+) -> None:
+    path = marks.path
+
+    def simulate(number: int) -> int:
+        return marked(path, "simulate", number)
+
+    def analyse(x: int, offset: int) -> int:
+        return marked(path, "analyse", x + offset)
+
+    def analysed(offset: int) -> Any:
+        return [delayed(analyse)(delayed(simulate)(n), offset) for n in range(3)]
+
+    scheduler = connect(resume="all", keep=True, plan="auto")
+    assert dask.compute(*analysed(1), scheduler=scheduler) == (1, 2, 3)
+    assert len(labels(bucket_names())) == 6
+    marks.clear()
+    assert dask.compute(*analysed(2), scheduler=scheduler) == (2, 3, 4)
+    assert marks.counts() == {"analyse": 3}
+
+
+def test_who_is_interrupted_is_told_how_to_go_on(connect: Connect, marks: Marks) -> None:
+    @delayed
+    def broken() -> None:
+        raise ValueError("as it should")
+
+    with pytest.raises(ValueError, match="as it should") as info:
+        broken().compute(scheduler=connect(resume="mine"))
+    assert "resume='mine'" in info.value.__notes__[-1]
+
+
 def test_keep_without_a_name_says_the_name_it_chose(
     connect: Connect, marks: Marks, caplog: pytest.LogCaptureFixture
 ) -> None:

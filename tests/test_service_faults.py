@@ -234,7 +234,8 @@ def test_a_function_that_oversleeps_once_is_called_again(
 def test_when_30_percent_of_invocations_fail_the_result_is_right(
     proxy: Proxy, proxied: str, connect: Connect, seed: int
 ) -> None:
-    scheduler = connect(endpoint_url=proxy.url, function=proxied, concurrency=4)
+    # A duplicate that fails is no retry.
+    scheduler = connect(endpoint_url=proxy.url, function=proxied, concurrency=4, speculate=False)
     proxy.decide = faults = Faults(seed, INTENSITIES["30 % of invocations fail"])
     made = [delayed(inc)(i) for i in range(40)]
     total = delayed(sum)(made)

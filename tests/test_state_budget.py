@@ -135,3 +135,16 @@ def test_other_runs_are_not_concerned(kind):
     script.end("b", run="s")
     script.end("c", run="s")
     assert failure(script) is None
+
+
+def test_a_function_costs_what_it_does_as_soon_as_its_memory_is_known():
+    script = Script(window=2)
+    groups = [group(f"g{i}", kind="k", priority=i) for i in range(3)]
+    script.add("r", *groups, budget=Budget(0.1, usd_second=(0.05,)))  # more than it is
+    script.end("g0", usd=0.01, usd_second=0.01)
+    while script.now < 4:
+        script.wake()
+    assert not script.ended()  # at the first price it would be: two for four seconds
+    while not script.ended():
+        script.wake()
+    assert failure(script) is FailureKind.BUDGET
