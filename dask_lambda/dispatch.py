@@ -350,6 +350,7 @@ class Engine:
         logger.error("the engine failed", exc_info=error)
         for run in self._runs.values():
             run.over = True
+            run.ended.set()
             run.events.put(RunFailed(error))
 
     async def _open(self) -> None:
@@ -539,10 +540,17 @@ class Engine:
         if failure is None:
             try:
                 await asyncio.gather(*run.fetches)
-                if run.keep_results:
+                if run.keep_results and not run.abandoned:
                     await self._objects.keep(run)
+                if run.abandoned:  # nobody will refer to them
+                    for value in run.kept.values():
+                        self._objects.forget(value.name)
                 if run.folder is not None:
-                    run.folder.succeeded = True
+                    run.folder.succeeded = not run.abandoned
+            except asyncio.CancelledError:  # of the fetches, or of all of this
+                if not run.abandoned:
+                    raise
+                failure = Failure(FailureKind.FATAL, errors.InvocationError("it was cancelled"))
             except StoreError as error:
                 failure = failures.from_store_error(error)
             except Exception as error:  # noqa: BLE001  the caller raises it
@@ -556,6 +564,7 @@ class Engine:
             exception = failures.to_exception(failure, key, {run.encoder.run: run.secret})
             outcome = RunFailed(exception)
         await self._objects.sweep(run)
+        run.ended.set()
         run.events.put(outcome)
         await self._bury(run)
 
@@ -567,13 +576,16 @@ class Engine:
         )
 
     async def _cancel(self, run: Run) -> None:
-        if run.over:
-            return
-        run.over = True
+        run.abandoned = True
         for fetch in run.fetches:
             fetch.cancel()
+        if run.over:  # all has been computed, or it has failed
+            await run.ended.wait()
+            return
+        run.over = True
         self._handle(RunCancelled(run.name))
         await self._objects.sweep(run)
+        run.ended.set()
         self._spawn(self._bury(run))
 
     async def _bury(self, run: Run) -> None:

@@ -104,6 +104,8 @@ class Resumption:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
             self.record.status = "failed"
+        if self._folder is not None:  # what of the run still goes on has no say in the next one
+            self._folder.open = False
         self.record.used = time.time()
         try:
             kept_runs.write(self.record)

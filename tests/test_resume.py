@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from dask.diagnostics import Profiler
 import dask_lambda
 from dask_lambda import kept_runs
 from dask_lambda.errors import ConfigurationError
+from tests.faults.proxy import Delay, Proxy, Request
 from tests.helpers import eventually, report
 
 pytestmark = pytest.mark.local
@@ -346,6 +348,59 @@ def test_a_name_is_one_computation_at_a_time(
         thread.join()
     assert found == [True]
     assert chain(marks).compute(scheduler=scheduler) == 10
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Take Ctrl-C as a terminal's programs do: jobs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_a_computation_that_was_given_up_deletes_nothing_of_the_next_one(
+    connect: Connect, aws: Any, bucket_names: Names, marks: Marks, tmp_path: Path
+) -> None:
+    """Ctrl-C while results are fetched, and something else under the same name at once."""
+
+    def decide(request: Request) -> Delay | None:
+        if request.kind != "get" or proxy.seen["get"] > 1:
+            return None
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+        return Delay(2.0)
+
+    def wait(x: Any) -> Any:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "gate").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return x
+
+    with Proxy(aws.endpoint_url, decide) as proxy:
+        scheduler = connect(endpoint_url=proxy.url, plan="none")
+        with pytest.raises(KeyboardInterrupt):
+            chain(marks).compute(scheduler=scheduler, resume="survey")
+        before = set(bucket_names())
+        first = delayed(sum)([1, 2, 3])
+        both = delayed(sum)([delayed(wait)(first), first])
+        lost: list[str] = []
+
+        def watch() -> None:
+            """Let the next one go on when nothing of the first goes on any more."""
+            eventually(lambda: set(bucket_names()) - before, 60)
+            made = set(bucket_names()) - before
+            eventually(lambda: proxy.in_flight == 1, 60)
+            eventually(lambda: made - set(bucket_names()), 2)
+            lost.extend(made - set(bucket_names()))
+            (tmp_path / "gate").touch()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        assert both.compute(scheduler=scheduler, resume="survey") == 12
+        thread.join()
+    assert lost == []
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", ".hidden", "x" * 101, "ä"])
