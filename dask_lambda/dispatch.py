@@ -572,7 +572,10 @@ class Engine:
         limits = {"max_cost_usd": run.max_cost_usd, "max_seconds": run.max_seconds}
         said = " and ".join(f"{name}={value:g}" for name, value in limits.items() if value)
         return failures.from_budget(
-            run.counts.usd(run.store.counts, self.prices), time.monotonic() - run.started, said
+            run.counts.usd(run.store.counts, self.prices),
+            time.monotonic() - run.started,
+            said,
+            run.folder.record.name if run.folder is not None else "",
         )
 
     async def _cancel(self, run: Run) -> None:

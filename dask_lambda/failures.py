@@ -456,7 +456,7 @@ def _store_failure(kind: str, message: str) -> Failure:
 # ---------------------------------------------------------------------------------------------
 
 
-def from_budget(spent_usd: float, seconds: float, limits: str) -> Failure:
+def from_budget(spent_usd: float, seconds: float, limits: str, kept: str = "") -> Failure:
     """Build the failure of a run that may not spend more.
 
     Parameters
@@ -466,14 +466,19 @@ def from_budget(spent_usd: float, seconds: float, limits: str) -> Failure:
         That it took.
     limits : str
         What it was allowed, in the words of the settings.
+    kept : str
+        The name under which its results stay, if they do.
     """
+    advice = "None of it is kept: with resume='...' it would be. Raise the limit and compute again."
+    if kept:
+        advice = f"What is done is kept: raise the limit and compute again with resume={kept!r}."
     return Failure(
         FailureKind.BUDGET,
         Detail(
             errors.BudgetExceededError,
             f"the run was stopped before it exceeds {limits}: it took {seconds:,.1f} s and "
             f"about ${spent_usd:.6f} so far",
-            "Raise the limit and compute again.",
+            advice,
         ),
     )
 

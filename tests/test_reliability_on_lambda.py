@@ -81,7 +81,7 @@ def test_a_run_that_has_spent_its_money_says_what_it_took() -> None:
     with pytest.raises(BudgetExceededError) as caught:
         compute(*tasks, scheduler=lambda_get, max_cost_usd=0.0003, plan="none")
     assert "max_cost_usd=0.0003" in str(caught.value)
-    assert "Raise the limit" in str(caught.value)
+    assert "None of it is kept: with resume='...' it would be. Raise the limit" in str(caught.value)
     assert report().failed
     assert report().cost_usd <= 0.0003
     assert 3 < report().invocations < 70

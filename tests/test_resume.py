@@ -24,7 +24,7 @@ from dask.diagnostics import Profiler
 
 import dask_lambda
 from dask_lambda import kept_runs
-from dask_lambda.errors import ConfigurationError
+from dask_lambda.errors import BudgetExceededError, ConfigurationError
 from tests.faults.proxy import Delay, Proxy, Request
 from tests.helpers import eventually, report
 
@@ -203,6 +203,20 @@ def test_what_failed_goes_on_where_it_failed(
     assert report().reused == 4
     assert set(marks.counts().values()) == {1}
     assert len(labels(bucket_names())) == 1
+
+
+def test_a_budget_that_is_spent_says_how_to_go_on(connect: Connect, marks: Marks) -> None:
+    @delayed
+    def slow(x: int) -> int:
+        time.sleep(3)
+        return x
+
+    scheduler = connect(plan="none")
+    slowly = slow(chain(marks, 2))
+    with pytest.raises(BudgetExceededError, match=r"What is done is kept.*resume='survey'"):
+        slowly.compute(scheduler=scheduler, resume="survey", max_seconds=1)
+    assert slowly.compute(scheduler=scheduler, resume="survey", max_seconds=60) == 1
+    assert set(marks.counts().values()) == {1}
 
 
 def test_data_that_is_there_is_not_uploaded_again(connect: Connect, bucket_names: Names) -> None:
