@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -236,11 +236,12 @@ class Bucket:
                             continue
                         count += 1
                         if not dry:
-                            self._s3.abort_multipart_upload(
-                                Bucket=self.place.bucket,
-                                Key=upload["Key"],
-                                UploadId=upload["UploadId"],
-                            )
+                            with suppress(self._s3.exceptions.NoSuchUpload):  # just completed
+                                self._s3.abort_multipart_upload(
+                                    Bucket=self.place.bucket,
+                                    Key=upload["Key"],
+                                    UploadId=upload["UploadId"],
+                                )
         return count
 
     def _entries(self, prefix: str) -> Iterator[dict[str, Any]]:

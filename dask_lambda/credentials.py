@@ -56,6 +56,12 @@ class Credentials:
     def __repr__(self) -> str:
         return "Credentials(...)"  # and nothing of what they are
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether they need not be renewed just now, for which botocore may ask the network."""
+        needed = getattr(self._current, "refresh_needed", None)
+        return needed is None or not needed()
+
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
         """Return those that are valid now; botocore renews what it can."""
         frozen: ReadOnlyCredentials = self._current.get_frozen_credentials()

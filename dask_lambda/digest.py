@@ -22,9 +22,10 @@ import site
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib import metadata
 from typing import Any
 
 from dask._task_spec import Alias, DataNode, GraphNode, NestedContainer, Task, _execute_subgraph
@@ -452,15 +453,34 @@ def _is_library(module: str) -> bool:
         return True
     loaded = sys.modules.get(top)
     path = getattr(loaded, "__file__", None) or next(iter(getattr(loaded, "__path__", ())), None)
-    return path is not None and (path.startswith(_LIBRARIES) or "/site-packages/" in path)
+    return path is not None and _of_library(path)
+
+
+def _of_library(path: str) -> bool:
+    return path.startswith(_LIBRARIES) or "/site-packages/" in path
 
 
 def _with_version(module: str) -> bytes:
-    top = module.partition(".")[0]
-    version = getattr(sys.modules.get(top), "__version__", "")
+    return f"{module} {_version(module.partition('.')[0])}".encode()
+
+
+@lru_cache(1024)
+def _version(top: str) -> str:
+    """Return the version of a library, by the name of its package, imported or not."""
     if top in sys.stdlib_module_names:
-        version = sys.version_info[:2]
-    return f"{module} {version}".encode()
+        return str(sys.version_info[:2])
+    try:
+        return metadata.version(top)
+    except metadata.PackageNotFoundError:  # distributed under another name
+        names = sorted(set(_distributions().get(top, ())))
+    if names:
+        return " ".join(f"{name} {metadata.version(name)}" for name in names)
+    return str(getattr(sys.modules.get(top), "__version__", ""))
+
+
+@lru_cache(1)
+def _distributions() -> Mapping[str, Sequence[str]]:
+    return metadata.packages_distributions()
 
 
 def _library_name(thing: Any) -> bytes | None:
@@ -524,7 +544,7 @@ def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
 def _source(module: str, namespace: dict[str, Any]) -> bytes:
     """Return what stands for a module as a whole: a user's own by its file."""
     if not module or _is_library(module):
-        return b"module " + module.encode()
+        return b"module " + _with_version(module)
     path = getattr(sys.modules.get(module), "__file__", None)
     if path is None:
         try:
@@ -534,7 +554,7 @@ def _source(module: str, namespace: dict[str, Any]) -> bytes:
         path = spec.origin if spec is not None else None
     if path is None or path in ("built-in", "frozen"):
         return b"module " + module.encode()
-    if path.startswith(_LIBRARIES):
-        return b"module " + module.encode()
+    if _of_library(path):
+        return b"module " + _with_version(module)
     with open(path, "rb") as file:
         return b"file " + _digest(file.read())

@@ -21,10 +21,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dask_lambda import errors, failures
 from dask_lambda.config import MAX_MEMORY
@@ -65,9 +65,6 @@ from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
 from lambda_worker.store import Store
 
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger("dask_lambda")
 
 #: Downloads of results at the same time.
@@ -77,6 +74,8 @@ FETCHES = 32
 MAX_HELD_BYTES = 256 * 2**20
 #: How long closing waits for invocations in flight, whose outputs are then deleted.
 CLOSE_SECONDS = 0.5
+#: What callers hear for whom it is too late.
+CLOSED = "the scheduler was closed"
 #: How long obstore's threads get at the end of the interpreter, to hand over what is done.
 REST_SECONDS = 0.05
 
@@ -144,7 +143,7 @@ class Engine:
         DaskLambdaError
             FunctionNotFoundError, BucketNotFoundError, AccessDeniedError or InvocationError.
         """
-        self._call(self._open()).result()
+        self._ask(self._open())
 
     def start(
         self,
@@ -236,7 +235,7 @@ class Engine:
         )
         with self._lock:  # close() ends every run that was started before it
             if self.closed:
-                raise errors.InvocationError("the scheduler was closed")
+                raise errors.InvocationError(CLOSED)
             self._loop.call_soon_threadsafe(self._safely, self._start, run)
         return run
 
@@ -247,8 +246,11 @@ class Engine:
         outputs are deleted as it ends.  Returns after the first deletion, or after ``patience``
         seconds.
         """
-        done = self._call(self._cancel(run))
-        with suppress(TimeoutError):
+        with self._lock:
+            if self.closed:  # which ends every run
+                return
+            done = self._call(self._cancel(run))
+        with suppress(TimeoutError, CancelledError):
             done.result(patience)
 
     def load(self, reference: Reference) -> Any:
@@ -256,7 +258,7 @@ class Engine:
         claim_process()
         secret = self._objects.secret_of(reference)
         work = partial(fetch_sealed, self._store, reference, secret)
-        sealed: Sealed = self._call(self._objects.patiently(PATIENCE, work)).result()
+        sealed: Sealed = self._ask(self._objects.patiently(PATIENCE, work))
         return sealed.load()
 
     def survey(self, record: KeptRun) -> Inventory:
@@ -267,11 +269,12 @@ class Engine:
         DaskLambdaError
             If the bucket cannot be read.
         """
-        return self._call(self._survey(record)).result()
+        found: Inventory = self._ask(self._survey(record))
+        return found
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects of kept runs now."""
-        self._call(self._objects.delete(self._store, list(names))).result()
+        self._ask(self._objects.delete(self._store, list(names)))
 
     def forget(self, name: str) -> None:
         """Delete a stored result that nobody refers to any more."""
@@ -291,6 +294,8 @@ class Engine:
             logger.warning("closing the engine took too long; objects may be left in the bucket")
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        for run in list(self._runs.values()):  # whose callers would wait without end
+            run.events.put(RunFailed(errors.InvocationError(CLOSED)))
 
     def close_at_exit(self) -> None:
         """Close before the interpreter ends, and let obstore's threads come to rest.
@@ -308,11 +313,34 @@ class Engine:
         try:
             self._loop.run_forever()
         finally:
+            left = asyncio.all_tasks(self._loop)  # for which callers may be waiting
+            for task in left:
+                task.cancel()
+            if left:
+                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _ask(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Have something done in the engine's thread, and wait for it.
+
+        Raises
+        ------
+        InvocationError
+            If the engine is closed, before or meanwhile.
+        """
+        with self._lock:
+            if self.closed:
+                work.close()
+                raise errors.InvocationError(CLOSED)
+            done = self._call(work)
+        try:
+            return done.result()
+        except CancelledError:
+            raise errors.InvocationError(CLOSED) from None
 
     def _safely(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function of ours from the loop, which would only log what it raises."""
@@ -326,6 +354,7 @@ class Engine:
         logger.error("the engine failed", exc_info=error)
         for run in self._runs.values():
             run.over = True
+            run.ended.set()
             run.events.put(RunFailed(error))
 
     async def _open(self) -> None:
@@ -520,10 +549,17 @@ class Engine:
         if failure is None:
             try:
                 await asyncio.gather(*run.fetches)
-                if run.keep_results:
+                if run.keep_results and not run.abandoned:
                     await self._objects.keep(run)
+                if run.abandoned:  # nobody will refer to them
+                    for value in run.kept.values():
+                        self._objects.forget(value.name)
                 if run.folder is not None:
-                    run.folder.succeeded = True
+                    run.folder.succeeded = not run.abandoned
+            except asyncio.CancelledError:  # of the fetches, or of all of this
+                if not run.abandoned:
+                    raise
+                failure = Failure(FailureKind.FATAL, errors.InvocationError("it was cancelled"))
             except StoreError as error:
                 failure = failures.from_store_error(error)
             except Exception as error:  # noqa: BLE001  the caller raises it
@@ -537,6 +573,7 @@ class Engine:
             exception = failures.to_exception(failure, key, {run.encoder.run: run.secret})
             outcome = RunFailed(exception)
         await self._objects.sweep(run)
+        run.ended.set()
         run.events.put(outcome)
         await self._bury(run)
 
@@ -548,13 +585,16 @@ class Engine:
         return failures.from_budget(usd, time.monotonic() - run.started, said, name)
 
     async def _cancel(self, run: Run) -> None:
-        if run.over:
-            return
-        run.over = True
+        run.abandoned = True
         for fetch in run.fetches:
             fetch.cancel()
+        if run.over:  # all has been computed, or it has failed
+            await run.ended.wait()
+            return
+        run.over = True
         self._handle(RunCancelled(run.name))
         await self._objects.sweep(run)
+        run.ended.set()
         self._spawn(self._bury(run))
 
     async def _bury(self, run: Run) -> None:
@@ -567,9 +607,7 @@ class Engine:
         for run in list(self._runs.values()):
             if not run.over:
                 await self._cancel(run)
-                run.events.put(
-                    RunFailed(errors.InvocationError("the scheduler was closed during the run"))
-                )
+                run.events.put(RunFailed(errors.InvocationError(CLOSED)))
         deadline = self._loop.time() + CLOSE_SECONDS
         while self._runs and self._loop.time() < deadline:
             await asyncio.sleep(0.02)

@@ -19,6 +19,11 @@ from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
 from lambda_worker.errors import RequestError, StoreError
 
+#: Of functions whose code, handler or image is not what it should be.
+CANNOT_START = (
+    *("Runtime.ImportModuleError", "Runtime.HandlerNotFound", "Runtime.Userc"),
+    "Runtime.Invalid",  # ...Entrypoint, ...WorkingDir, ...TaskConfig
+)
 _PEAK = re.compile(r"\tMax Memory Used: (\d+) MB")
 _MORE_MEMORY = (
     "Make the chunks smaller, or give the function more memory (dask-lambda.memory; Lambda allows "
@@ -238,7 +243,7 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
                 note=note,
             ),
         )
-    if kind.startswith(("Runtime.ImportModuleError", "Runtime.HandlerNotFound", "Runtime.Userc")):
+    if kind.startswith(CANNOT_START):
         return Failure(
             FailureKind.FATAL,
             Detail(
@@ -456,7 +461,7 @@ def _store_failure(kind: str, message: str) -> Failure:
 # ---------------------------------------------------------------------------------------------
 
 
-def from_budget(spent_usd: float, seconds: float, limits: str, name: str = "") -> Failure:
+def from_budget(spent_usd: float, seconds: float, limits: str, kept: str = "") -> Failure:
     """Build the failure of a run that may not spend more.
 
     Parameters
@@ -466,14 +471,12 @@ def from_budget(spent_usd: float, seconds: float, limits: str, name: str = "") -
         That it took.
     limits : str
         What it was allowed, in the words of the settings.
-    name : str
-        Under which its results are kept, if they are.
+    kept : str
+        The name under which its results stay, if they do.
     """
-    advice = "Raise the limit and compute again"
-    if name:
-        advice += f" with resume={name!r}: what is done is kept, and is not computed again."
-    else:
-        advice += "; with resume='a name' what is done would have been kept."
+    advice = "None of it is kept: with resume='...' it would be. Raise the limit and compute again."
+    if kept:
+        advice = f"What is done is kept: raise the limit and compute again with resume={kept!r}."
     return Failure(
         FailureKind.BUDGET,
         Detail(

@@ -7,6 +7,7 @@ whether to try again is decided in :mod:`dask_lambda.state`.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -164,7 +165,10 @@ class LambdaInvoker:
     async def _post(self, payload: bytes, headers: dict[str, str]) -> tuple[int, Any, bytes]:
         assert self._session is not None
         request = AWSRequest("POST", self.url, data=payload, headers=headers)
-        frozen = self.credentials.get_frozen_credentials()
+        if getattr(self.credentials, "at_hand", True):
+            frozen = self.credentials.get_frozen_credentials()
+        else:  # which may take long, and must not hold up everything else
+            frozen = await asyncio.to_thread(self.credentials.get_frozen_credentials)
         SigV4Auth(frozen, "lambda", self.region).add_auth(request)
         async with self._session.post(
             self._encoded_url, data=payload, headers=dict(request.headers.items())

@@ -200,6 +200,8 @@ class Objects:
                 names.update(await leftovers(run.store, folder))
             except StoreError as error:
                 logger.warning("what the run %r leaves is not known: %s", run.name, error)
+            if not folder.open:  # its caller has given up waiting meanwhile
+                return
         run.trash.extend(names.difference(run.trash))
         await self._empty(run)
         folder.open = False

@@ -119,6 +119,8 @@ class Resumption:
                         f"resume={self.name!r} to go on"
                         + ("" if self._lasting else ", in this program")
                     )
+        if self._folder is not None:  # what of the run still goes on has no say in the next one
+            self._folder.open = False
         self.record.used = time.time()
         try:
             kept_runs.write(self.record)

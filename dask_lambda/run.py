@@ -165,6 +165,8 @@ class Run:
     fetches: set[asyncio.Task[None]] = field(default_factory=set)
     told: dict[Key, bool] = field(default_factory=dict)  # of which tasks: whether they are done
     over: bool = False  # the outcome is known: nothing more is sent
+    abandoned: bool = False  # the caller does not wait for it any more
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # the caller may go on
     drained: asyncio.Event = field(default_factory=asyncio.Event)  # nobody writes any more
 
     def object_name(self, key: Key) -> str:

@@ -437,8 +437,10 @@ class LambdaScheduler:
             engine = self._engines.get(connection)
             if engine is not None and not engine.closed and engine.backend.is_alive():
                 return engine
-            if engine is not None:
+            if engine is not None:  # of an embedded AWS that has ended
                 signals.release()
+                atexit.unregister(engine.close_at_exit)
+                threading.Thread(target=engine.close, name="close", daemon=True).start()
             engine = Engine(open_backend(settings))
             try:
                 engine.open()

@@ -27,6 +27,7 @@ from dask import delayed
 import dask_lambda
 from dask_lambda import LambdaScheduler, lambda_get
 from dask_lambda.local import LocalAWS
+from tests.faults.proxy import Proxy, Request, Stall
 from tests.helpers import eventually
 
 pytestmark = pytest.mark.local
@@ -351,6 +352,30 @@ def test_closing_ends_a_run_in_another_thread(tmp_path: Path) -> None:
             gate.touch()
     assert small_graph().compute(scheduler=scheduler) == 10
     scheduler.close()
+
+
+@pytest.mark.parametrize("kind", ["get", "list"])
+def test_closing_ends_whoever_waits_for_s3(
+    aws: Any, connect: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """While results are fetched, and while a kept run is looked at."""
+    monkeypatch.setenv("DASK_LAMBDA_STATE_DIR", str(tmp_path / "state"))
+    asked = threading.Event()
+
+    def decide(request: Request) -> Stall | None:
+        if request.kind != kind or not request.run:
+            return None
+        asked.set()
+        return Stall(60.0, forwarded=False)
+
+    with Proxy(aws.endpoint_url, decide) as proxy, ThreadPoolExecutor(1) as threads:
+        scheduler = connect(endpoint_url=proxy.url, inline_bytes=0)
+        resume = "survey" if kind == "list" else None
+        running = threads.submit(small_graph().compute, scheduler=scheduler, resume=resume)
+        assert asked.wait(60)
+        scheduler.close()
+        with pytest.raises(dask_lambda.errors.InvocationError, match="closed"):
+            running.result(20)
 
 
 def test_threads_end_with_their_schedulers() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import configparser
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from botocore.credentials import Credentials as Botocore
+from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import UnauthorizedSSOTokenError
 from dask import delayed
 from obstore.store import S3Store
@@ -258,3 +260,22 @@ def test_s3s_words_for_expired_credentials_are_understood(
     with pytest.raises(StoreError, match="in S3's words") as info:
         requests[kind]()
     assert info.value.kind == "expired"
+
+
+def test_credentials_that_have_to_be_renewed_are_not_at_hand() -> None:
+    def fetch() -> dict[str, str]:
+        later = datetime.now(UTC) + timedelta(hours=1)
+        return {
+            "access_key": "a",
+            "secret_key": "b",
+            "token": "c",
+            "expiry_time": later.isoformat(),
+        }
+
+    soon = {**fetch(), "expiry_time": (datetime.now(UTC) + timedelta(seconds=30)).isoformat()}
+    source = RefreshableCredentials.create_from_metadata(soon, fetch, "test")
+    credentials = Credentials(lambda: source)
+    assert not credentials.at_hand
+    assert credentials.get_frozen_credentials().access_key == "a"
+    assert credentials.at_hand
+    assert Credentials(lambda: Botocore("a", "b")).at_hand

@@ -398,3 +398,43 @@ def test_arrays_with_the_same_content_under_other_names() -> None:
     one = da.from_array(data, chunks=4, name="one").map_blocks(inc)
     two = da.from_array(data.copy(), chunks=4, name="two").map_blocks(inc)
     assert of(one) == of(two)
+
+
+VERSIONED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dask import delayed
+from dask_lambda.fingerprint import fingerprints
+from tests.helpers import graph_of
+if sys.argv[2] == "imported":
+    import boxed_parts
+
+def inside(x):
+    import boxed_parts
+    return boxed_parts.double(x)
+
+made = delayed(boxed_parts.double if sys.argv[2] == "imported" else inside)(1)
+print(fingerprints(graph_of(made)).of[made.key])
+"""
+
+
+@pytest.mark.parametrize("way", ["imported", "inside"])
+def test_another_version_of_a_library_that_does_not_say_its_own_is_another_function(
+    tmp_path: Path, way: str
+) -> None:
+    """Most have no ``__version__``, and some are called otherwise than what they bring."""
+    library = tmp_path / "site-packages"
+    about = library / "Boxed.dist-info"
+    about.mkdir(parents=True)
+    (library / "boxed_parts.py").write_text("def double(x):\n    return 2 * x\n")
+    (about / "RECORD").write_text("boxed_parts.py,,\n")
+
+    def found(version: str) -> str:
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: Boxed\nVersion: {version}\n")
+        command = [sys.executable, "-c", VERSIONED, str(library), way]
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=120
+        )
+        return done.stdout
+
+    assert found("1.0") == found("1.0") != found("1.1")

@@ -83,7 +83,7 @@ def test_a_run_that_has_spent_its_money_says_what_it_took() -> None:
     with pytest.raises(BudgetExceededError) as caught:
         compute(*tasks, scheduler=lambda_get, max_cost_usd=0.0008, plan="none")
     assert "max_cost_usd=0.0008" in str(caught.value)
-    assert "Raise the limit" in str(caught.value)
+    assert "None of it is kept: with resume='...' it would be. Raise the limit" in str(caught.value)
     assert report().failed
     assert 0.0001 < report().cost_usd <= 0.0008
     assert 20 < report().invocations < 250

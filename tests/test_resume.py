@@ -25,6 +25,7 @@ from dask.diagnostics import Profiler
 import dask_lambda
 from dask_lambda import kept_runs, lambda_get
 from dask_lambda.errors import BudgetExceededError, ConfigurationError
+from tests.faults.proxy import Delay, Proxy, Request
 from tests.helpers import eventually, report
 
 pytestmark = pytest.mark.local
@@ -236,6 +237,20 @@ def test_what_failed_goes_on_where_it_failed(
     assert len(labels(bucket_names())) == 1
 
 
+def test_a_budget_that_is_spent_says_how_to_go_on(connect: Connect, marks: Marks) -> None:
+    @delayed
+    def slow(x: int) -> int:
+        time.sleep(3)
+        return x
+
+    scheduler = connect(plan="none")
+    slowly = slow(chain(marks, 2))
+    with pytest.raises(BudgetExceededError, match=r"What is done is kept.*resume='survey'"):
+        slowly.compute(scheduler=scheduler, resume="survey", max_seconds=1)
+    assert slowly.compute(scheduler=scheduler, resume="survey", max_seconds=60) == 1
+    assert set(marks.counts().values()) == {1}
+
+
 def test_data_that_is_there_is_not_uploaded_again(connect: Connect, bucket_names: Names) -> None:
     data = np.arange(160_000.0).reshape(4, 40_000)
     x = da.from_array(data, chunks=(1, -1))
@@ -379,6 +394,59 @@ def test_a_name_is_one_computation_at_a_time(
         thread.join()
     assert found == [True]
     assert chain(marks).compute(scheduler=scheduler) == 10
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Take Ctrl-C as a terminal's programs do: jobs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_a_computation_that_was_given_up_deletes_nothing_of_the_next_one(
+    connect: Connect, aws: Any, bucket_names: Names, marks: Marks, tmp_path: Path
+) -> None:
+    """Ctrl-C while results are fetched, and something else under the same name at once."""
+
+    def decide(request: Request) -> Delay | None:
+        if request.kind != "get" or proxy.seen["get"] > 1:
+            return None
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+        return Delay(2.0)
+
+    def wait(x: Any) -> Any:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "gate").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return x
+
+    with Proxy(aws.endpoint_url, decide) as proxy:
+        scheduler = connect(endpoint_url=proxy.url, plan="none")
+        with pytest.raises(KeyboardInterrupt):
+            chain(marks).compute(scheduler=scheduler, resume="survey")
+        before = set(bucket_names())
+        first = delayed(sum)([1, 2, 3])
+        both = delayed(sum)([delayed(wait)(first), first])
+        lost: list[str] = []
+
+        def watch() -> None:
+            """Let the next one go on when nothing of the first goes on any more."""
+            eventually(lambda: set(bucket_names()) - before, 60)
+            made = set(bucket_names()) - before
+            eventually(lambda: proxy.in_flight == 1, 60)
+            eventually(lambda: made - set(bucket_names()), 2)
+            lost.extend(made - set(bucket_names()))
+            (tmp_path / "gate").touch()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        assert both.compute(scheduler=scheduler, resume="survey") == 12
+        thread.join()
+    assert lost == []
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", ".hidden", "x" * 101, "ä"])
@@ -619,7 +687,7 @@ def test_what_the_money_sufficed_for_is_kept() -> None:
     settings = {"scheduler": lambda_get, "plan": "none"}
     dask.compute(*(wait(i) for i in range(12)), **settings)  # no cold start below
     tasks = [wait(i) for i in range(100)]
-    with pytest.raises(BudgetExceededError, match="resume='cheap': what is done is kept"):
+    with pytest.raises(BudgetExceededError, match="What is done is kept.*resume='cheap'"):
         dask.compute(*tasks, **settings, resume="cheap", max_cost_usd=0.0005)
     done = report().tasks
     assert done
