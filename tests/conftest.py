@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dask_lambda.lease import Lease
 from dask_lambda.local import LocalAWS
 from dask_lambda.local_shared import local_aws
 from tests.faults.deploy import deploy as deploy_function
+from tests.faults.proxy import Proxy
 from tests.helpers import eventually
 
 ROOT = Path(local_start.__file__).parents[1]
@@ -96,6 +98,30 @@ def _leaves_the_bucket_empty(request: pytest.FixtureRequest) -> Iterator[None]:
             for name in left:  # the next test is not to blame
                 delete(Bucket=aws.bucket, Key=name)
             pytest.fail(f"objects are left in the bucket: {left}")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Take Ctrl-C as a terminal's programs do: jobs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def shared_proxy(aws: LocalAWS) -> Iterator[Proxy]:
+    """A proxy in front of the embedded AWS, for a function that is deployed behind it."""
+    with Proxy(aws.endpoint_url) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(shared_proxy: Proxy) -> Iterator[Proxy]:
+    """The same with nothing planned, before the test and after it."""
+    shared_proxy.plan()
+    yield shared_proxy
+    shared_proxy.plan()
+    shared_proxy.decide = None
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -237,15 +237,7 @@ def test_ctrl_c_ends_the_program_at_once_with_all_its_processes(tmp_path: Path) 
     assert eventually(lambda: not list(temporary.iterdir()))
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Take Ctrl-C as a terminal's programs do: jobs in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("interruptible")
 def test_after_ctrl_c_the_next_run_works(
     tmp_path: Path, bucket_names: Callable[[], list[str]]
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import dask
@@ -17,7 +17,6 @@ import pytest
 from dask._task_spec import Task, TaskRef
 
 from dask_lambda import LambdaScheduler
-from dask_lambda.local import LocalAWS
 from tests.faults.deploy import FAULTY
 from tests.faults.proxy import Action, Delay, Duplicate, Proxy, Request, Reset
 from tests.helpers import report
@@ -29,20 +28,6 @@ Connect = Callable[..., LambdaScheduler]
 Deploy = Callable[..., str]
 
 MARK = re.compile(rb"token-[0-9a-f]{16}")
-
-
-@pytest.fixture(scope="module")
-def shared_proxy(aws: LocalAWS) -> Iterator[Proxy]:
-    with Proxy(aws.endpoint_url) as running:
-        yield running
-
-
-@pytest.fixture
-def proxy(shared_proxy: Proxy) -> Iterator[Proxy]:
-    shared_proxy.plan()
-    yield shared_proxy
-    shared_proxy.plan()
-    shared_proxy.decide = None
 
 
 @pytest.fixture(scope="module")

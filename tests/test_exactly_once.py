@@ -9,7 +9,7 @@ import operator
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from dask._task_spec import Task, TaskRef
 from dask_lambda import LambdaScheduler
 from dask_lambda.errors import IntegrityError
 from dask_lambda.graph import normalise
-from dask_lambda.local import LocalAWS
 from dask_lambda.objects import told_outputs
 from dask_lambda.plan import Group, Plan
 from dask_lambda.run import RunFailed, RunSucceeded
@@ -33,12 +32,6 @@ uses_bucket = True
 Connect = Callable[..., LambdaScheduler]
 SMALL, MEDIUM, LARGE = 100, 200_000, 68 * 2**20
 BOTH_SECONDS = 20.0
-
-
-@pytest.fixture
-def proxy(aws: LocalAWS) -> Iterator[Proxy]:
-    with Proxy(aws.endpoint_url) as running:
-        yield running
 
 
 def draw(directory: Path, name: str, size: int, together: bool) -> tuple[str, bytes]:

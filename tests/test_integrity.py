@@ -168,19 +168,6 @@ def test_an_object_that_is_gone_is_told(
 
 
 @pytest.fixture(scope="module")
-def shared_proxy(aws: LocalAWS) -> Iterator[Proxy]:
-    with Proxy(aws.endpoint_url) as running:
-        yield running
-
-
-@pytest.fixture
-def proxy(shared_proxy: Proxy) -> Iterator[Proxy]:
-    shared_proxy.plan()
-    yield shared_proxy
-    shared_proxy.plan()
-
-
-@pytest.fixture(scope="module")
 def proxied(shared_proxy: Proxy, deploy: Deploy) -> str:
     """A function whose workers reach S3 through the proxy."""
     return deploy(environment={"AWS_ENDPOINT_URL_S3": shared_proxy.url})

@@ -37,12 +37,6 @@ NAME = protocol.object_name("prefix", RUN, "y")
 
 
 @pytest.fixture
-def proxy(aws: LocalAWS) -> Iterator[Proxy]:
-    with Proxy(aws.endpoint_url) as proxy:
-        yield proxy
-
-
-@pytest.fixture
 def store(aws: LocalAWS, proxy: Proxy, bucket_names: Names) -> Iterator[Store]:
     """A store with small limits, behind a proxy; what is in it is deleted at the end."""
     bucket = open_bucket(

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,7 @@ def logged(aws: LocalAWS, run: str) -> list[dict[str, Any]]:
     return [record for record in records if record.get("run") == run]
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Take Ctrl-C as a terminal's programs do: jobs in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("seen", [False, True], ids=["lease not seen yet", "lease seen"])
 def test_after_ctrl_c_a_long_group_stops_between_its_tasks(
     aws: LocalAWS, connect: Connect, bucket_names: Names, tmp_path: Path, seen: bool

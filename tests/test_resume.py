@@ -396,15 +396,7 @@ def test_a_name_is_one_computation_at_a_time(
     assert chain(marks).compute(scheduler=scheduler) == 10
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Take Ctrl-C as a terminal's programs do: jobs in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("interruptible")
 def test_a_computation_that_was_given_up_deletes_nothing_of_the_next_one(
     connect: Connect, aws: Any, bucket_names: Names, marks: Marks, tmp_path: Path
 ) -> None:

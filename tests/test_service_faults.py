@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from dask_lambda.errors import (
     PayloadTooLargeError,
     WorkerDiedError,
 )
-from dask_lambda.local import LocalAWS
 from tests.faults.deploy import FAULTY
 from tests.faults.plans import INTENSITIES, Faults
 from tests.faults.proxy import (
@@ -67,20 +66,6 @@ def inc(x: Any) -> Any:
 
 
 # -- faults that pass ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shared_proxy(aws: LocalAWS) -> Iterator[Proxy]:
-    with Proxy(aws.endpoint_url) as running:
-        yield running
-
-
-@pytest.fixture
-def proxy(shared_proxy: Proxy) -> Iterator[Proxy]:
-    shared_proxy.plan()
-    yield shared_proxy
-    shared_proxy.plan()
-    shared_proxy.decide = None
 
 
 @pytest.fixture(scope="module")
