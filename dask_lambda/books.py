@@ -6,13 +6,14 @@ in :mod:`dask_lambda.state`.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from dask_lambda.events import PATIENCE, Budget, FailureKind
+from dask_lambda.events import PATIENCE, Budget, Failure, FailureKind
 from dask_lambda.pace import TRUST, Pace
-from dask_lambda.plan import Group
+from dask_lambda.plan import Group, Priority
 from lambda_worker.protocol import Key
 
 #: Sums of dollars are exact up to so much of them.
@@ -43,6 +44,7 @@ class Datum:
     waiting: list[Job] = field(default_factory=list)
     available: bool = False
     keep: bool = False
+    failed: tuple[Failure, Group] | None = None  #: why it will never be there, and whose fault
 
 
 @dataclass(slots=True)
@@ -65,13 +67,15 @@ class RunBook:
 
     name: str
     data: dict[Key, Datum] = field(default_factory=dict)
-    ready: list[tuple[int, int, Job]] = field(default_factory=list)  #: a heap
+    jobs: dict[Key, Job] = field(default_factory=dict)  #: if it is isolated: output -> group
+    ready: list[tuple[Priority, int, Job]] = field(default_factory=list)  #: a heap
     queued: bool = False  #: whether it is in the rotation
     starved: bool = False  #: it is not, since it cannot pay for what is ready
     unfinished: int = 0
     in_flight: int = 0
     last: bool = False
     ended: bool = False
+    isolated: bool = False  #: a group that fails does not end it
     split: Callable[[Group], Sequence[Group]] | None = None
     batch: bool = False
     speculate: bool = False
@@ -83,6 +87,18 @@ class RunBook:
     pace: dict[str, Pace] = field(default_factory=dict)  #: by kind
     refused_since: float = -math.inf  #: the first time after the last success of any run
     noticed: float = -math.inf
+
+    @property
+    def releases(self) -> bool:
+        """Whether nobody can come any more to read what has no reader and is not kept."""
+        return self.last or self.isolated
+
+    def has_ready(self) -> bool:
+        """Whether a group could be sent; those that were cancelled meanwhile are dropped."""
+        ready = self.ready
+        while ready and ready[0][2].done:
+            heapq.heappop(ready)
+        return bool(ready)
 
     def pace_of(self, kind: str) -> Pace:
         """Return what is known of a kind of groups."""

@@ -23,8 +23,9 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from dask_lambda import errors, failures
 from dask_lambda.config import MAX_MEMORY
@@ -39,6 +40,7 @@ from dask_lambda.events import (
     Event,
     Failure,
     FailureKind,
+    GroupFailed,
     GroupsAdded,
     InvocationEnded,
     Invoke,
@@ -50,13 +52,21 @@ from dask_lambda.events import (
     TimePassed,
     Wake,
 )
-from dask_lambda.graph import short
+from dask_lambda.graph import Graph, short
 from dask_lambda.kept_folder import Folder, Inventory, survey, write_manifest
 from dask_lambda.kept_runs import KeptRun
 from dask_lambda.objects import Objects
 from dask_lambda.plan import Group, Plan
 from dask_lambda.reuse import apart
-from dask_lambda.run import Learn, Result, Run, RunFailed, RunSucceeded, Sealed, fetch_sealed
+from dask_lambda.run import (
+    Learn,
+    Result,
+    Run,
+    RunFailed,
+    RunSucceeded,
+    Sealed,
+    fetch_sealed,
+)
 from dask_lambda.sending import Backend, Sender
 from dask_lambda.splitting import split
 from dask_lambda.state import State
@@ -67,6 +77,9 @@ from lambda_worker.store import Store
 
 logger = logging.getLogger("dask_lambda")
 
+R = TypeVar("R", bound=Run)
+T = TypeVar("T")
+
 #: Downloads of results at the same time.
 FETCHES = 32
 #: Values that travel inline are held by the client until their last reader is done.  Above this
@@ -74,6 +87,8 @@ FETCHES = 32
 MAX_HELD_BYTES = 256 * 2**20
 #: How long closing waits for invocations in flight, whose outputs are then deleted.
 CLOSE_SECONDS = 0.5
+#: What became of a group that was given up before it was sent.
+UNWANTED = Failure(FailureKind.CANCELLED)
 #: What callers hear for whom it is too late.
 CLOSED = "the scheduler was closed"
 #: How long obstore's threads get at the end of the interpreter, to hand over what is done.
@@ -191,12 +206,10 @@ class Engine:
             ``inline_bytes`` is for the graph's own data.
         """
         readers = Counter(key for group in plan.groups for key in group.inputs)
-        name, secret = tokens.token_hex(16), tokens.token_bytes(32)
-        store = Store(self.backend.bucket)
-        objects: dict[str, Any] = {"prefix": self.backend.prefix, "run": name}
+        objects: dict[str, Any] = {}
         if folder is not None:
-            secret = folder.record.secret
             objects = {
+                "secret": folder.record.secret,
                 "prefix": folder.prefix,
                 "run": folder.record.run,
                 "label": folder.label,
@@ -206,20 +219,7 @@ class Engine:
             }
             inline_bytes = 0
         run = Run(
-            graph=plan.graph,
-            plan=plan,
-            store=store,
-            encoder=Encoder(
-                plan.graph,
-                store,
-                bucket=self.backend.bucket_name,
-                secret=secret,
-                secret_of=self._objects.secret_of,
-                compression=compression,
-                **objects,
-            ),
-            name=name,
-            secret=secret,
+            **self._equipment(plan, compression, **objects),
             inline_bytes=inline_bytes,
             keep_results=keep_results,
             watch=watch,
@@ -233,11 +233,113 @@ class Engine:
             memory_mb=memory_mb,
             folder=folder,
         )
+        self.post(self._start, run)
+        return run
+
+    def open_run(
+        self,
+        kind: type[R],
+        *,
+        inline_bytes: int,
+        compression: protocol.Compression = "none",
+        speculate: bool = False,
+        patience: float = PATIENCE,
+        max_cost_usd: float | None = None,
+        max_seconds: float | None = None,
+        memory_mb: int = MAX_MEMORY,
+        **fields: Any,
+    ) -> R:
+        """Start a run to which tasks are added while it goes on, each with an end of its own.
+
+        Parameters
+        ----------
+        kind : type
+            Of the run, whose further ``fields`` are given.
+        inline_bytes, compression, speculate, patience, max_cost_usd, max_seconds, memory_mb
+            As for :meth:`start`.
+        """
+        graph = Graph({}, {}, {}, {}, frozenset(), {})
+        plan = Plan((), frozenset(), (), frozenset(), graph)
+        run = kind(
+            **self._equipment(plan, compression, forgetful=True),
+            inline_bytes=inline_bytes,
+            keep_results=False,
+            watch=True,
+            watch_values=False,
+            shared=frozenset(),
+            speculate=speculate,
+            patience=patience,
+            max_cost_usd=max_cost_usd,
+            max_seconds=max_seconds,
+            memory_mb=memory_mb,
+            **fields,
+        )
+        self.post(self._open_run, run)
+        return run
+
+    def _equipment(
+        self, plan: Plan, compression: protocol.Compression, **objects: Any
+    ) -> dict[str, Any]:
+        """Return what every run needs: its name and secret, a store, an encoder."""
+        name, secret = tokens.token_hex(16), objects.pop("secret", None) or tokens.token_bytes(32)
+        store = Store(self.backend.bucket)
+        encoder = Encoder(
+            plan.graph,
+            store,
+            bucket=self.backend.bucket_name,
+            secret=secret,
+            secret_of=self._objects.secret_of,
+            compression=compression,
+            **{"prefix": self.backend.prefix, "run": name, **objects},
+        )
+        return {
+            "graph": plan.graph,
+            "plan": plan,
+            "store": store,
+            "encoder": encoder,
+            "name": name,
+            "secret": secret,
+        }
+
+    def post(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have a function called in the engine's thread, soon.
+
+        Raises
+        ------
+        InvocationError
+            If the engine is closed.
+        """
         with self._lock:  # close() ends every run that was started before it
             if self.closed:
                 raise errors.InvocationError(CLOSED)
-            self._loop.call_soon_threadsafe(self._safely, self._start, run)
-        return run
+            self._loop.call_soon_threadsafe(self._safely, function, *arguments)
+
+    def fetch(self, run: Run, value: Value) -> Future[Sealed]:
+        """Begin to fetch an output of a run that goes on.
+
+        Raises
+        ------
+        InvocationError
+            If the engine is closed.
+        """
+        return self.begin(self._fetch_value(run, value))
+
+    def wake(self, function: Callable[[], None]) -> None:
+        """Have a function called in the engine's thread, if that goes on: takes no lock."""
+        if not self.closed and self.pid == os.getpid():
+            with suppress(RuntimeError):  # the loop may be closing at this moment
+                self._loop.call_soon_threadsafe(self._safely, function)
+
+    async def patiently(self, patience: float, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do something with S3, again and again for as long as patience lasts."""
+        return await self._objects.patiently(patience, work)
+
+    async def _fetch_value(self, run: Run, value: Value) -> Sealed:
+        if value.data is not None:
+            return Sealed(value.data, run.secret, value.name)
+        async with self._fetching:
+            work = partial(fetch_sealed, run.store, value, run.secret)
+            return await self._objects.patiently(run.patience, work)
 
     def cancel(self, run: Run, patience: float) -> None:
         """Stop a run: nothing more is sent, and what it has written is deleted.
@@ -278,9 +380,7 @@ class Engine:
 
     def forget(self, name: str) -> None:
         """Delete a stored result that nobody refers to any more."""
-        if not self.closed and self.pid == os.getpid():
-            with suppress(RuntimeError):  # the loop may be closing at this moment
-                self._loop.call_soon_threadsafe(self._objects.forget, name)
+        self.wake(partial(self._objects.forget, name))
 
     def close(self) -> None:
         """Cancel all runs, delete all that is stored, end the thread.  Idempotent."""
@@ -332,15 +432,24 @@ class Engine:
         InvocationError
             If the engine is closed, before or meanwhile.
         """
+        try:
+            return self.begin(work).result()
+        except CancelledError:
+            raise errors.InvocationError(CLOSED) from None
+
+    def begin(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Begin to do something in the engine's thread.
+
+        Raises
+        ------
+        InvocationError
+            If the engine is closed.
+        """
         with self._lock:
             if self.closed:
                 work.close()
                 raise errors.InvocationError(CLOSED)
-            done = self._call(work)
-        try:
-            return done.result()
-        except CancelledError:
-            raise errors.InvocationError(CLOSED) from None
+            return self._call(work)
 
     def _safely(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function of ours from the loop, which would only log what it raises."""
@@ -392,7 +501,7 @@ class Engine:
                 self._fetch(run, self._fetch_stored(run, key))
         plan, auto = run.plan, run.plan.mode != "none"
         smaller = partial(_smaller, run) if auto else None
-        self._handle(
+        self.handle(
             GroupsAdded(
                 run.name,
                 plan.groups,
@@ -417,7 +526,38 @@ class Engine:
     def _usd_second(self, memory_mb: int) -> float:
         return memory_mb / 1024 * self.prices.lambda_gb_second
 
-    def _handle(self, event: Event) -> None:
+    def _open_run(self, run: Run) -> None:
+        self._runs[run.name] = run
+        self.add(run, ())
+
+    def add(self, run: Run, groups: Sequence[Group], given: tuple[Key, ...] = ()) -> None:
+        """Add groups to an open run.  To be called in the engine's thread.
+
+        Parameters
+        ----------
+        run : Run
+            Which has their tasks in its graph.
+        groups : sequence of Group
+        given : tuple of key
+            Values that are there, for them and later ones to read.
+        """
+        self.handle(
+            GroupsAdded(
+                run.name,
+                groups,
+                frozenset(key for group in groups for key in group.outputs),
+                last=False,
+                batch=True,
+                speculate=run.speculate,
+                patience=run.patience,
+                budget=self._budget(run),
+                isolated=True,
+                given=given,
+            )
+        )
+
+    def handle(self, event: Event) -> None:
+        """Tell the state machine something and do what it says, in the engine's thread."""
         for instruction in self.state.handle(event, time.monotonic()):
             match instruction:
                 case Invoke():
@@ -430,6 +570,10 @@ class Engine:
                     self._accept(self._runs[name], group, result)
                 case Discard(name, _, result):
                     self._objects.discard_outputs(self._runs[name], result.told)
+                case GroupFailed(name, group, failure, origin):
+                    run = self._runs[name]
+                    run.tell_failed(group, failure, origin)
+                    self._forget_task(run, group)
                 case Stalled(name, failure, since, patience):
                     logger.warning(
                         "the run has not got on for %.0f s: %s. It is tried again for up to %.0f s",
@@ -447,7 +591,7 @@ class Engine:
                     self._runs[name].drained.set()
                 case Wake(at):
                     delay = at - time.monotonic()
-                    self._loop.call_later(delay, self._safely, self._handle, TimePassed(at))
+                    self._loop.call_later(delay, self._safely, self.handle, TimePassed(at))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)
@@ -465,9 +609,14 @@ class Engine:
     async def _invoke(self, run: Run, instruction: Invoke) -> None:
         groups = instruction.groups
         outcomes: Sequence[Done | Failure] | Failure
+        wanted = tuple(filter(run.is_wanted, groups))
         try:
+            if len(wanted) < len(groups):
+                instruction = replace(instruction, groups=wanted)
             inline = run.inline_bytes if self._held() < MAX_HELD_BYTES else 0
-            outcomes = await self._sender.send(run, instruction, inline)
+            outcomes = UNWANTED
+            if wanted:
+                outcomes = await self._sender.send(run, instruction, inline)
         except StoreError as error:
             outcomes = failures.from_store_error(error)
         except errors.DaskLambdaError as error:
@@ -475,6 +624,9 @@ class Engine:
                 run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
             outcomes = Failure(FailureKind.FATAL, error)
         except Exception as error:  # a bug of ours must end the run, not hang it
+            if not all(map(run.is_wanted, wanted)):  # what was given up meanwhile was missing
+                await self._invoke(run, replace(instruction, groups=groups))
+                return
             logger.exception("dispatching task %s failed", short(groups[0].outputs[0]))
             outcomes = Failure(FailureKind.FATAL, error)
         if isinstance(outcomes, Failure) and outcomes.kind is FailureKind.EXPIRED:
@@ -482,11 +634,14 @@ class Engine:
         as_a_whole = isinstance(outcomes, Failure)
         if isinstance(outcomes, Failure):
             outcomes = [outcomes] * len(groups)
+        elif len(wanted) < len(groups):
+            left = iter(outcomes)
+            outcomes = [next(left) if it in wanted else UNWANTED for it in groups]
         usd, run.spent = run.spent, run.unbilled + run.counts.usd(run.store.counts, self.prices)
         usd = run.spent - usd
         memory_mb = self.backend.invokers[instruction.rung].memory_mb
         price = None if memory_mb is None else self._usd_second(memory_mb)
-        self._handle(
+        self.handle(
             InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole, usd, price)
         )
 
@@ -496,7 +651,7 @@ class Engine:
         if run.learn is not None:
             run.learn(group, result.measured)
         for key, value in result.told:
-            value.shared = key in run.shared
+            value.shared = run.is_shared(key)
             run.values[key] = value
             data = value.data
             if data is None and run.encoder.is_entangled(group):
@@ -511,7 +666,12 @@ class Engine:
                 else:
                     run.results[key] = Sealed(data, run.secret, value.name)
         if run.watch:
-            run.tell_finished(group, result.sealed)
+            run.tell_finished(group, result)
+        self._forget_task(run, group)
+
+    def _forget_task(self, run: Run, group: Group) -> None:
+        if names := run.encoder.forget(group.outputs[0]):
+            self._objects.discard(run, names)
 
     def _held(self) -> int:
         return sum(run.held for run in self._runs.values())
@@ -527,7 +687,7 @@ class Engine:
         """End a run whose result cannot be had, without waiting for the rest."""
         if not task.cancelled() and task.exception() is not None and not run.over:
             run.over = True
-            self._handle(RunCancelled(run.name))
+            self.handle(RunCancelled(run.name))
             self._spawn(self._finish(run, None, None))  # which raises it
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
@@ -592,7 +752,7 @@ class Engine:
             await run.ended.wait()
             return
         run.over = True
-        self._handle(RunCancelled(run.name))
+        self.handle(RunCancelled(run.name))
         await self._objects.sweep(run)
         run.ended.set()
         self._spawn(self._bury(run))

@@ -66,6 +66,8 @@ class Encoder:
         Object name to size: what is uploaded already.
     inline_literals : int
         Literals up to this size travel in the request, if results do not.
+    forgetful : bool
+        Whether what tasks hold is to be forgotten with them (:meth:`forget`).
 
     Attributes
     ----------
@@ -90,6 +92,7 @@ class Encoder:
         once: Callable[[str], str] = str,
         present: Mapping[str, int] | None = None,
         inline_literals: int = 0,
+        forgetful: bool = False,
     ):
         self.written: set[str] = set()
         self.label = label
@@ -112,6 +115,11 @@ class Encoder:
         self._spills: dict[str, asyncio.Task[tuple[str, int]]] = {}
         self._literals: dict[Key, asyncio.Task[Value]] = {}
         self._frames: dict[tuple[int, int], tuple[Any, str]] = {}  # buffer -> itself, name
+        self._forgetful = forgetful
+        self._frames_named = 0
+        self._digests: dict[str, str] = {}  # of buffers -> name
+        self._users: dict[tuple[int, int], set[Key]] = {}  # buffer -> an output of who uses it
+        self._used: dict[Key, set[tuple[int, int]]] = {}  # the other way round
 
     def object_name(self, label: str) -> str:
         """Return the name of one of the run's objects."""
@@ -142,6 +150,33 @@ class Encoder:
         if group.outputs not in self._entangled:
             self._entangled[group.outputs] = entangled(self._graph, group)
         return self._entangled[group.outputs]
+
+    def forget(self, user: Key) -> list[str]:
+        """Forget a task that will not be sent again; return the objects that only it used.
+
+        Parameters
+        ----------
+        user : key
+            The first output of its group.
+        """
+        objects = []
+        for place in self._used.pop(user, ()):
+            users = self._users[place]
+            users.discard(user)
+            if users:
+                continue
+            del self._users[place]
+            _, name = self._frames.pop(place)
+            upload = self._uploads.get(name)
+            if upload is None or not upload.done():
+                continue  # what is still on its way goes at the end of the run
+            if any(other == name for _, other in self._frames.values()):
+                continue
+            del self._uploads[name]
+            self.written.discard(name)
+            self._digests = {d: n for d, n in self._digests.items() if n != name}
+            objects.append(name)
+        return objects
 
     async def payload(
         self, groups: Sequence[Group], values: dict[Key, Value], inline_bytes: int
@@ -265,7 +300,7 @@ class Encoder:
         uploads = []
         for place in range(len(frames) - 1, 0, -1):
             if frames[place].nbytes >= MIN_UPLOAD_BYTES:
-                uploads.append((place, await self._frame(frames.pop(place))))
+                uploads.append((place, await self._frame(frames.pop(place), group.outputs[0])))
         labels = [self.label(key) for key in group.outputs]
         outputs = [self.object_name(label) for label in labels]
         # A part of a group that was split may have its first output.
@@ -278,6 +313,7 @@ class Encoder:
             outputs,
             uploads[::-1],
             self.is_entangled(group),
+            group.timeout,
         )
 
     async def _outside(self, key: Key, inline_bytes: int, secrets: dict[str, bytes]) -> Value:
@@ -307,15 +343,27 @@ class Encoder:
         size = await self._upload(name, lambda: self._seal(frames, name), size)
         return Value(name, size, shared=True)
 
-    async def _frame(self, frame: memoryview) -> Value:
+    async def _frame(self, frame: memoryview, user: Key) -> Value:
         """Upload a large buffer of a task, once for all tasks that hold it."""
         place = id(frame.obj), frame.nbytes
         if place not in self._frames:
             digest = await _in_thread(frame.nbytes, lambda: hashlib.sha256(frame).hexdigest())
-            self._frames[place] = frame.obj, self.object_name("frame-" + digest[:32])
+            self._frames[place] = frame.obj, self._frame_name(digest[:32])
         name = self._frames[place][1]
+        if self._forgetful:
+            self._users.setdefault(place, set()).add(user)
+            self._used.setdefault(user, set()).add(place)
         size = await self._upload(name, lambda: self._seal([frame], name), frame.nbytes)
         return Value(name, size, shared=True)
+
+    def _frame_name(self, digest: str) -> str:
+        if not self._forgetful:
+            return self.object_name("frame-" + digest)
+        # What is forgotten is deleted a little later, and must not be what was uploaded anew.
+        if digest not in self._digests:
+            self._frames_named += 1
+            self._digests[digest] = self.object_name(f"frame-{digest}-{self._frames_named}")
+        return self._digests[digest]
 
     def _seal(self, frames: list[memoryview], name: str) -> bytearray:
         return codec.seal(frames, self._secret, name, self._compression)

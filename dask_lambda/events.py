@@ -35,6 +35,7 @@ class FailureKind(Enum):
     THROTTLED = "throttled"  #: too many invocations at the same time; as long as anything moves
     RATE_LIMITED = "rate-limited"  #: too many invocations a second; likewise
     BUDGET = "budget"  #: the run may not spend more; never
+    CANCELLED = "cancelled"  #: nobody wants it any more; never
     FATAL = "fatal"  #: never
 
 
@@ -101,6 +102,12 @@ class GroupsAdded:
     patience : float
         For how many seconds a group whose invocations fail for reasons outside of it is tried.
     budget : Budget, optional
+    isolated : bool
+        A group that fails does not end the run, only those that read its outputs
+        (:class:`GroupFailed`); and an output that nobody reads and that is not to be kept is
+        released while the run is open.
+    given : tuple of key
+        Values that are there already, to be kept, for groups to read.
     """
 
     run: str
@@ -112,6 +119,34 @@ class GroupsAdded:
     speculate: bool = False
     patience: float = PATIENCE
     budget: Budget | None = None
+    isolated: bool = False
+    given: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupsCancelled:
+    """Nobody wants these groups of an isolated run any more, nor what reads their outputs.
+
+    Attributes
+    ----------
+    run : str
+    outputs : tuple of key
+        One of each group.
+    in_flight : bool
+        Whether also those that an invocation runs: what it brings is then discarded.
+    """
+
+    run: str
+    outputs: tuple[Key, ...]
+    in_flight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KeysReleased:
+    """These outputs of an isolated run need not be kept any longer than groups read them."""
+
+    run: str
+    keys: tuple[Key, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +209,15 @@ class TimePassed:
     at: float
 
 
-Event = GroupsAdded | InvocationEnded | RunCancelled | WindowChanged | TimePassed
+Event = (
+    GroupsAdded
+    | GroupsCancelled
+    | KeysReleased
+    | InvocationEnded
+    | RunCancelled
+    | WindowChanged
+    | TimePassed
+)
 
 # ---------------------------------------------------------------------------------------------
 # instructions
@@ -209,6 +252,16 @@ class Discard:
     run: str
     group: Group
     result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFailed:
+    """A group of an isolated run ends without result."""
+
+    run: str
+    group: Group
+    failure: Failure
+    origin: Group  #: the one that failed: itself, or one whose outputs it waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,4 +305,6 @@ class Wake:
     at: float
 
 
-Instruction = Invoke | Accept | Discard | Stalled | Release | RunEnded | RunDrained | Wake
+Instruction = (
+    Invoke | Accept | Discard | GroupFailed | Stalled | Release | RunEnded | RunDrained | Wake
+)

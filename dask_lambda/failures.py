@@ -367,6 +367,15 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
                     {"type": record.get("type"), "unpicklable": record.get("unpicklable")},
                 ),
             )
+        case "timeout":
+            return Failure(
+                FailureKind.TIMEOUT,
+                Detail(
+                    errors.FunctionTimeoutError,
+                    f"was interrupted: {message}",
+                    "Give it more time (timeout=; Lambda allows 900 seconds), or less to do.",
+                ),
+            )
         case "unserializable":
             return Failure(FailureKind.TASK, Detail(errors.UnserializableError, message, key=key))
         case "integrity":

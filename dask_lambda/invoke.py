@@ -52,6 +52,8 @@ class Reply:
         Whether the function may have run: its effects have to be reckoned with.
     answered : bool
         Whether there was any HTTP answer.
+    log : str
+        The last 4 kB of the invocation's log, in base64.
     """
 
     content: dict[str, Any] | None
@@ -59,6 +61,7 @@ class Reply:
     billed_ms: float | None = None
     ran: bool = True
     answered: bool = True
+    log: str = ""
 
 
 class LambdaInvoker:
@@ -148,19 +151,21 @@ class LambdaInvoker:
         if status // 100 != 2:
             failure = failures.from_response(status, body, self.function, self.region)
             return Reply(None, failure, ran=status >= 500)
-        log = base64.b64decode(headers.get("X-Amz-Log-Result", "")).decode("utf-8", "replace")
+        tail = headers.get("X-Amz-Log-Result", "")
+        log = base64.b64decode(tail).decode("utf-8", "replace")
         report = _BILLED.search(log)
         billed = float(report[1]) if report else None
         if "X-Amz-Function-Error" in headers:
             failure = failures.from_function_error(body, log, self.memory_mb)
-            return Reply(None, failure, billed)
+            return Reply(None, failure, billed, log=tail)
         try:
             content = json.loads(body)
             replies.check(content)
         except (ValueError, RecursionError) as error:
-            return Reply(None, failures.from_foreign_reply(body, self.function, str(error)), billed)
+            failure = failures.from_foreign_reply(body, self.function, str(error))
+            return Reply(None, failure, billed, log=tail)
         self.memory_mb = int(content["memory_mb"])
-        return Reply(content, None, billed)
+        return Reply(content, None, billed, log=tail)
 
     async def _post(self, payload: bytes, headers: dict[str, str]) -> tuple[int, Any, bytes]:
         assert self._session is not None

@@ -30,6 +30,8 @@ from dask_lambda.units import Decision
 from lambda_worker.protocol import Key
 
 PlanMode = Literal["auto", "none"]
+#: Of groups of one run, which have it of the same form.
+Priority = int | tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Group:
         Outputs of other groups that its tasks read.
     outputs : tuple of key
         Results to commit.
-    priority : int
+    priority : int or tuple
         Smaller is sooner, among the groups of a run that are ready.
     retries : int
         How often to try again after the tasks' own failures: an exception, a time-out, no
@@ -57,16 +59,19 @@ class Group:
         knows.
     memory : int
         Bytes that the user says it needs; 0 if nothing is said.
+    timeout : float, optional
+        Seconds after which its tasks are interrupted, if that is less than the function allows.
     """
 
     tasks: tuple[Key, ...]
     inputs: tuple[Key, ...]
     outputs: tuple[Key, ...]
-    priority: int = 0
+    priority: Priority = 0
     retries: int = 0
     kind: str = ""
     seconds: float | None = None
     memory: int = 0
+    timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

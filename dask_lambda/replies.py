@@ -55,6 +55,8 @@ def _group(group: dict[str, Any]) -> None:
     _number(group, "seconds")
     for output in _sequence(group.get("outputs"), "'outputs'"):
         _value(output)
+    for kind in _sequence(group.get("types", []), "'types'"):
+        _text(kind, "the type of an output")
     for measured in _mapping(group.get("tasks", {}), "'tasks'").values():
         numbers = _sequence(measured, "what was measured")
         if len(numbers) != 3:

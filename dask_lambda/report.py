@@ -12,6 +12,44 @@ from lambda_worker.store import Counts
 
 
 @dataclass(frozen=True, slots=True)
+class CallReport:
+    """What one call did.
+
+    Attributes
+    ----------
+    seconds : float
+        Inside the function that was called.
+    peak_memory_mb : float
+        The most that the execution environment has taken so far.
+    cold_start : bool
+        Whether the call met a new execution environment.
+    cost_usd : float
+        Of all attempts, with the worker's requests to S3; of invocations that ran several calls,
+        its share.  On the embedded AWS: what they would have cost.
+    invocations : int
+        Attempts that Lambda accepted.
+    nbytes : int
+        Size of the result in the worker's memory.
+    kind : str
+        Type of the result, as ``module.name``.
+    finished : float
+        When the reply came, in seconds since 1970.
+    log : str
+        The end of the invocation's log (at most 4 kB), in base64.
+    """
+
+    seconds: float
+    peak_memory_mb: float
+    cold_start: bool
+    cost_usd: float
+    invocations: int
+    nbytes: int
+    kind: str
+    finished: float
+    log: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """What one run did.
 

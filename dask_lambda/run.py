@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from dask_lambda.encode import MIN_THREAD_BYTES, Encoder
-from dask_lambda.events import PATIENCE
+from dask_lambda.events import PATIENCE, Failure
 from dask_lambda.graph import Graph
 from dask_lambda.kept_folder import Folder
 from dask_lambda.plan import Group, Plan
@@ -100,6 +100,9 @@ class Result(NamedTuple):
     told: list[tuple[Key, Value]]  #: where its outputs are
     measured: Mapping[str, Sequence[float]]  #: see :data:`Learn`
     sealed: Sealed | None = None  #: the value of its one task, if the caller asked for values
+    types: Sequence[str] = ()  #: of its outputs
+    cold: bool = False  #: whether its invocation met a new environment
+    peak_memory: float = 0.0  #: bytes that this environment has taken so far
 
 
 #: Called for each group that is done, with what the worker measured: key prefix to the number of
@@ -169,6 +172,14 @@ class Run:
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # the caller may go on
     drained: asyncio.Event = field(default_factory=asyncio.Event)  # nobody writes any more
 
+    def is_shared(self, key: Key) -> bool:
+        """Whether an output is worth keeping in workers' caches."""
+        return key in self.shared
+
+    def is_wanted(self, group: Group) -> bool:
+        """Whether the outcome of a group still means anything to anybody."""
+        return True
+
     def object_name(self, key: Key) -> str:
         """Return the name under which a key's value is stored."""
         return self.encoder.object_name(self.encoder.label(key))
@@ -196,15 +207,8 @@ class Run:
                 self.told[key] = False
                 self.events.put(TaskStarted(key))
 
-    def tell_finished(self, group: Group, value: Sealed | None = None) -> None:
-        """Tell the caller that the tasks of a group are done, each once.
-
-        Parameters
-        ----------
-        group : Group
-        value : Sealed, optional
-            The value of its one task, if the caller asked for values.
-        """
+    def tell_finished(self, group: Group, result: Result) -> None:
+        """Tell the caller that the tasks of a group are done, each once."""
         for key in group.tasks:
             if key not in self.graph.source:  # the planner's own
                 continue
@@ -212,7 +216,14 @@ class Run:
                 self.events.put(TaskStarted(key))
             if not self.told.get(key):
                 self.told[key] = True
-                self.events.put(TaskFinished(key, value))
+                self.events.put(TaskFinished(key, result.sealed))
+
+    def tell_failed(self, group: Group, failure: Failure, origin: Group) -> None:
+        """Tell that a group ends without result, and the run goes on: not in a run of one graph."""
+        raise NotImplementedError
+
+    def note_attempt(self, groups: Sequence[Group], usd: float, log: str) -> None:
+        """Take note of an invocation, of what it cost, and of the end of its log in base64."""
 
     def load(self, key: Key) -> Any:
         """Decode a result, giving up its sealed bytes."""

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -32,7 +32,7 @@ from dask_lambda.cost_model import CostModel
 from dask_lambda.dispatch import Engine, claim_process
 from dask_lambda.errors import ConfigurationError, IntegrityError, LostDataError
 from dask_lambda.estimates import Estimates, estimate, guess
-from dask_lambda.graph import Graph
+from dask_lambda.graph import Graph, short
 from dask_lambda.history import History
 from dask_lambda.kept_runs import Place
 from dask_lambda.plan import Group, Plan, cut_graph, make_plan, topological
@@ -40,6 +40,7 @@ from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.resume import Resumption
 from dask_lambda.reuse import all_kept, apart
 from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
+from dask_lambda.session import Session
 from lambda_worker.protocol import Key, Reference, load_reference
 from lambda_worker.store import Counts
 
@@ -210,6 +211,17 @@ class LambdaScheduler:
             graph, settings, Annotations(expression), usual_window(settings), settings.memory
         )
         return planner.plan(finalise=True)
+
+    def session(self, shown: Callable[[Key], str] = short) -> Session:
+        """Open a run to which calls are added one by one: what futures stand on.
+
+        Parameters
+        ----------
+        shown : callable, optional
+            How users know a key, for errors.
+        """
+        settings = self._settings({})
+        return Session(self._engine(settings), settings, shown)
 
     def close(self) -> None:
         """Cancel what runs, delete what was persisted, close all connections.  Idempotent.

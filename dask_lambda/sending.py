@@ -7,6 +7,7 @@ thread.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -95,6 +96,9 @@ class Sender:
             gb_seconds = (time.monotonic() - sent) * (invoker.memory_mb or run.memory_mb) / 1024
             run.unbilled += gb_seconds * self._prices.lambda_gb_second
         self._count(run, instruction, reply, invoker.memory_mb)
+        if reply.ran:
+            usd = self._usd(reply, invoker.memory_mb or run.memory_mb)
+            run.note_attempt(groups, usd, reply.log)
         content = reply.content
         if content is None or "refused" in content:
             if reply.ran:
@@ -122,7 +126,7 @@ class Sender:
                 outcomes.append(failures.from_record(record["error"], leased=leased))
             else:
                 run.counts.compute_seconds += record["seconds"]
-                outcomes.append(Done(seconds, await self._result(run, group, record)))
+                outcomes.append(Done(seconds, await self._result(run, group, record, content)))
         return outcomes
 
     @staticmethod
@@ -151,8 +155,25 @@ class Sender:
         elif reply.billed_ms is not None:
             counts.add_billed(reply.billed_ms, memory_mb or 0)
 
+    def _usd(self, reply: Reply, memory_mb: int) -> float:
+        """Return what an invocation cost, as far as it is known."""
+        if reply.content is None and reply.billed_ms is None:
+            return 0.0
+        content = reply.content or {}
+        milliseconds = reply.billed_ms or math.ceil(content.get("milliseconds", 0))
+        s3 = content.get("s3", {})
+        return self._prices.cost(
+            invocations=1,
+            gb_seconds=milliseconds / 1e3 * memory_mb / 1024,
+            puts=s3.get("puts", 0),
+            lists=s3.get("lists", 0),
+            gets=s3.get("gets", 0),
+        )
+
     @staticmethod
-    async def _result(run: Run, group: Group, record: dict[str, Any]) -> Result:
+    async def _result(
+        run: Run, group: Group, record: dict[str, Any], content: dict[str, Any]
+    ) -> Result:
         """Read what a worker says of a group that is done."""
         told = told_outputs(run, group, record["outputs"])
         sealed = None
@@ -162,4 +183,11 @@ class Sender:
                 sealed = await fetch_sealed(run.store, value, run.secret)
             else:
                 sealed = Sealed(value.data, run.secret, value.name)
-        return Result(told, record.get("tasks", {}), sealed)
+        return Result(
+            told,
+            record.get("tasks", {}),
+            sealed,
+            record.get("types", ()),
+            content["cold"],
+            content.get("peak_memory", 0),
+        )

@@ -38,6 +38,9 @@ the group is in flight.
 A run with a budget starts nothing that it is not expected to be able to pay, and ends when
 nothing of it is in flight any more.
 
+In an *isolated* run the groups are somebody's single calls.  One that fails, or is cancelled, takes
+only those with it that read its outputs, and the run stays open for more.
+
 Two rules hold for whoever executes the instructions:
 
 1. Every ``Invoke`` is answered by exactly one ``InvocationEnded``, whatever happened.
@@ -60,10 +63,13 @@ from dask_lambda.events import (
     Event,
     Failure,
     FailureKind,
+    GroupFailed,
     GroupsAdded,
+    GroupsCancelled,
     Instruction,
     InvocationEnded,
     Invoke,
+    KeysReleased,
     Release,
     RunCancelled,
     RunDrained,
@@ -88,6 +94,7 @@ _OUTSIDE = frozenset({FailureKind.TRANSIENT, FailureKind.EXPIRED})
 _REFUSED = frozenset({FailureKind.THROTTLED, FailureKind.RATE_LIMITED})
 #: Failures that end a run whatever else is in flight.
 _FINAL = frozenset({FailureKind.FATAL, FailureKind.BUDGET})
+_CANCELLED = Failure(FailureKind.CANCELLED)
 
 
 class State:
@@ -135,6 +142,10 @@ class State:
                 self._invocation_ended(event, now, out)
             case GroupsAdded():
                 self._add(event, out)
+            case GroupsCancelled():
+                self._cancel_groups(event, out)
+            case KeysReleased(name, keys):
+                self._release(name, keys, out)
             case RunCancelled(name):
                 run = self._runs.get(name)
                 if run is not None and not run.ended:
@@ -174,12 +185,17 @@ class State:
         run.last = event.last
         run.split, run.batch = event.split, event.batch
         run.speculate, run.patience = event.speculate, event.patience
-        run.budget = event.budget
+        run.budget, run.isolated = event.budget, event.isolated
         self._watching = self._watching or run.speculate or run.budget is not None
         data = run.data
-        self._enter(run, event.groups)
+        for key in event.given:
+            data[key] = Datum(available=True, keep=True)
+        for spec in event.groups:
+            for key in spec.outputs:
+                data.setdefault(key, Datum())
         for key in event.keep & data.keys():
             data[key].keep = True
+        self._enter(run, event.groups, out)
         if closing:  # until now somebody might still have come to read these
             idle = [k for k, d in data.items() if d.available and not d.readers and not d.keep]
             for key in idle:
@@ -188,7 +204,9 @@ class State:
                 out.append(Release(run.name, tuple(idle)))
         self._end_if_done(run, out)
 
-    def _enter(self, run: RunBook, groups: Sequence[Group], rung: int = 0) -> None:
+    def _enter(
+        self, run: RunBook, groups: Sequence[Group], out: list[Instruction], rung: int = 0
+    ) -> None:
         data = run.data
         for spec in groups:
             for key in spec.outputs:
@@ -196,13 +214,19 @@ class State:
         run.unfinished += len(groups)
         for spec in groups:
             job = Job(spec, run, 0, rung)
+            if run.isolated:
+                run.jobs.update(dict.fromkeys(spec.outputs, job))
+            failed = None
             for key in spec.inputs:
                 datum = data[key]
                 datum.readers += 1
+                failed = failed or datum.failed
                 if not datum.available:
                     datum.waiting.append(job)
                     job.missing += 1
-            if not job.missing:
+            if failed is not None:
+                self._give_up(job, *failed, out)
+            elif not job.missing:
                 self._make_ready(job)
 
     def _invocation_ended(self, event: InvocationEnded, now: float, out: list[Instruction]) -> None:
@@ -253,21 +277,30 @@ class State:
         run.unfinished -= 1
         data = run.data
         for key in spec.outputs:
+            run.jobs.pop(key, None)
             datum = data[key]
             datum.available = True
             for reader in datum.waiting:
                 reader.missing -= 1
-                if not reader.missing:
+                if not reader.missing and not reader.done:
                     self._make_ready(reader)
             datum.waiting.clear()
-            if not datum.readers and not datum.keep and run.last:
+            if not datum.readers and not datum.keep and run.releases:
                 released.append(key)
                 del data[key]
-        for key in spec.inputs:
+        self._has_read(job, released)
+
+    def _has_read(self, job: Job, released: list[Key]) -> None:
+        """Take note that a group needs its inputs no more."""
+        run, data = job.run, job.run.data
+        for key in job.spec.inputs:
             datum = data[key]
             datum.readers -= 1
-            if not datum.readers and not datum.keep and run.last:
-                released.append(key)
+            if not datum.readers and not datum.keep and run.releases:
+                if datum.available:
+                    released.append(key)
+                elif datum.failed is None:  # it is being made
+                    continue
                 del data[key]
 
     def _split(self, job: Job) -> bool:
@@ -276,7 +309,7 @@ class State:
         smaller = run.split(spec) if run.split is not None else ()
         if not smaller:
             return False
-        self._enter(run, smaller, job.rung)  # before the job lets go of its inputs
+        self._enter(run, smaller, [], job.rung)  # before the job lets go of its inputs
         run.unfinished -= 1
         for key in spec.inputs:
             run.data[key].readers -= 1
@@ -296,7 +329,7 @@ class State:
         if run.refused_since <= self._last_success:
             run.refused_since = now
         if now - run.refused_since >= self.policy.throttle_patience:
-            self._end(run, failure, job.spec, out)
+            self._lose(job, failure, out)
             return
         self._notice(run, failure, run.refused_since, self.policy.throttle_patience, now, out)
         self._delay(job, window.refusals, now)
@@ -333,7 +366,7 @@ class State:
         if again:
             self._delay(job, count, now)
         else:
-            self._end(run, failure, job.spec, out)
+            self._lose(job, failure, out)
 
     def _delay(self, job: Job, count: int, now: float) -> None:
         # "Full jitter": anywhere between 0 and the exponentially growing bound
@@ -380,14 +413,14 @@ class State:
     def _undelay(self, now: float) -> None:
         while self._delayed and self._delayed[0][0] <= now:
             job = heapq.heappop(self._delayed)[2]
-            if not job.run.ended:
+            if not job.run.ended and not job.done:
                 self._make_ready(job)
 
     def _dispatch(self, now: float, out: list[Instruction]) -> None:
         rotation, window = self._rotation, self.window
         while rotation and window.room(len(self.in_flight), now):
             run = rotation.popleft()
-            if run.ended or not run.ready:
+            if run.ended or not run.has_ready():
                 run.queued = False
                 continue
             jobs = self._next_jobs(run)
@@ -436,7 +469,7 @@ class State:
         spec, limit = first.spec, self.window.allowed
         size = batch_size(run.pace_of(spec.kind), spec.seconds, len(ready) + 1, limit, self.policy)
         jobs = [first]
-        while len(jobs) < size and ready:
+        while len(jobs) < size and run.has_ready():
             other = ready[0][2]
             if other.tries or other.spec.kind != spec.kind or other.rung != first.rung:
                 break
@@ -478,6 +511,67 @@ class State:
             and run.speculative_usd + run.expected_usd(flight.jobs, flight.pace) <= share * run.usd
         )
 
+    # -- the single calls of an isolated run -----------------------------------------------------
+
+    def _lose(self, job: Job, failure: Failure, out: list[Instruction]) -> None:
+        """End what a group that failed for good takes with it."""
+        if job.run.isolated and failure.kind is not FailureKind.BUDGET:
+            self._give_up(job, failure, job.spec, out)
+        else:
+            self._end(job.run, failure, job.spec, out)
+
+    def _give_up(self, job: Job, failure: Failure, origin: Group, out: list[Instruction]) -> None:
+        """End a group without result, and with it all that wait for its outputs."""
+        run, data = job.run, job.run.data
+        released: list[Key] = []
+        stack = [job]
+        while stack:
+            job = stack.pop()
+            if job.done:
+                continue
+            job.done = True
+            run.unfinished -= 1
+            out.append(GroupFailed(run.name, job.spec, failure, origin))
+            for key in job.spec.outputs:
+                run.jobs.pop(key, None)
+                datum = data[key]
+                datum.failed = failure, origin
+                stack += datum.waiting
+                datum.waiting.clear()
+                if not datum.readers and not datum.keep:
+                    del data[key]
+            self._has_read(job, released)
+        if released:
+            out.append(Release(run.name, tuple(released)))
+
+    def _cancel_groups(self, event: GroupsCancelled, out: list[Instruction]) -> None:
+        run = self._runs.get(event.run)
+        if run is None or run.ended:
+            return
+        for key in event.outputs:
+            job = run.jobs.get(key)
+            if job is not None and (event.in_flight or not job.in_flight):
+                self._give_up(job, _CANCELLED, job.spec, out)
+        self._end_if_done(run, out)
+
+    def _release(self, name: str, keys: Iterable[Key], out: list[Instruction]) -> None:
+        run = self._runs.get(name)
+        if run is None or run.ended:
+            return
+        released = []
+        for key in keys:
+            datum = run.data.get(key)
+            if datum is None:
+                continue
+            datum.keep = False
+            if datum.readers or not (datum.available or datum.failed):
+                continue
+            if datum.available:
+                released.append(key)
+            del run.data[key]
+        if released:
+            out.append(Release(name, tuple(released)))
+
     # -- the end of a run ----------------------------------------------------------------------
 
     def _end_if_done(self, run: RunBook, out: list[Instruction]) -> None:
@@ -496,6 +590,7 @@ class State:
         run.ended = True
         run.ready.clear()
         run.data.clear()
+        run.jobs.clear()
         if not cancelled:
             out.append(RunEnded(run.name, failure, group))
         if not run.in_flight:
@@ -521,36 +616,3 @@ class State:
             if flight.run.name == run:
                 for job in flight.jobs:
                     yield from job.spec.outputs
-
-    def validate(self) -> None:
-        """Check what must hold after every event; for tests.
-
-        Raises
-        ------
-        AssertionError
-        """
-        assert self.window.limit <= self.window.size
-        flying: dict[str, int] = {}
-        attempts: dict[int, int] = {}
-        for flight in self.in_flight.values():
-            for job in flight.jobs:
-                assert job.missing == 0, "a job is in flight before its inputs"
-                assert job.run is flight.run
-                attempts[id(job)] = attempts.get(id(job), 0) + 1
-            flying[flight.run.name] = flying.get(flight.run.name, 0) + 1
-        assert all(count <= 2 for count in attempts.values()), "one duplicate at the most"
-        assert self._speculating == sum(f.speculative for f in self.in_flight.values())
-        for run in self._runs.values():
-            assert run.in_flight == flying.get(run.name, 0)
-            if run.ended:
-                assert run.in_flight, "an ended run without invocations was not forgotten"
-                continue
-            for key, datum in run.data.items():
-                assert datum.readers >= len(datum.waiting), key
-                assert not (datum.available and datum.waiting), key
-            assert all(not g.missing and not g.in_flight and not g.done for _, _, g in run.ready)
-            assert run.queued or run.starved or not run.ready
-            assert not run.starved or run.in_flight, "a run that waits for nothing"
-            for flight in self.in_flight.values():
-                for job in flight.jobs:
-                    assert job.in_flight == attempts[id(job)]

@@ -27,6 +27,7 @@ from lambda_worker.commit import commit
 from lambda_worker.errors import IntegrityError, RequestError, StoreError, UnserializableError
 from lambda_worker.execute import Cancelled, GroupRun, Output, TaskError
 from lambda_worker.lease import LeaseWatch
+from lambda_worker.limits import OutOfTime, TimeLimit
 from lambda_worker.memory import share_out
 from lambda_worker.prefetch import Prefetcher, Slot
 from lambda_worker.protocol import Body, GroupRequest, Key, Reference, Request, Value
@@ -40,6 +41,7 @@ UPLOAD_THREADS = 8
 #: A pickled exception above this size is replaced by its text.
 MAX_EXCEPTION_BYTES = 200_000
 MAX_TEXT = 20_000
+MAX_TYPE = 200
 
 
 Frames = Callable[[], list[memoryview]]
@@ -86,6 +88,7 @@ class Served:
         self.run: GroupRun | None = None
         self.wait = 0.0
         self.error: dict[str, Any] | None = None
+        self.types = [""] * len(group.outputs)
         values = [group.body, *(value for _, value in group.frames), *group.inputs]
         self.values = values
         self.slots: list[Slot[Frames] | None] = [None] * len(values)
@@ -120,6 +123,7 @@ class Served:
                 "seconds": self.run.seconds,
                 "wait": self.wait,
                 "tasks": self.run.tasks,
+                "types": self.types,
             }
         if self.left:
             record["left"] = sorted(self.left)
@@ -154,12 +158,12 @@ class Invocation:
         served = [Served(group) for group in groups]
         self._prefetch(served)
         for each in served:
+            limit = TimeLimit(each.group.timeout)
             try:
-                self._run(each)
-            except MemoryError as error:
-                each.error = self._exception(each.group, None, error).record
-            except Exception as error:  # noqa: BLE001  told in the reply, whatever it is
-                each.error = _record(error)
+                with limit:
+                    self._run(each)
+            except (Exception, OutOfTime) as error:  # noqa: BLE001  told in the reply, whatever it is
+                each.error = self._describe(each.group, error, limit)
             finally:
                 self._inputs.drop(slot for slot in each.slots if slot)
         return [each.record() for each in served]
@@ -301,6 +305,8 @@ class Invocation:
         except Cancelled:
             raise self._stopped() from None
         except TaskError as error:
+            if isinstance(error.__cause__, OutOfTime):
+                raise error.__cause__ from None
             if isinstance(error.__cause__, StoreError | IntegrityError):
                 raise error.__cause__ from None  # a reference that could not be loaded
             raise self._exception(group, error.key, error.__cause__) from error
@@ -338,6 +344,8 @@ class Invocation:
                 key=repr(key)[:500],
                 type=type(error).__name__,
             ) from error
+        cls = type(output.value)
+        served.types[output.place] = f"{cls.__module__}.{cls.__qualname__}"[:MAX_TYPE]
         output.size = size = codec.sealed_size(frames)
         name = served.group.outputs[output.place]
         secret = self.request.secrets[self.request.run]
@@ -357,6 +365,15 @@ class Invocation:
             laid_out = codec.lay_out(frames, self.request.compression)
             del frames
         return commit(self.store, name, laid_out, secret, served.left, served.attempt)
+
+    def _describe(
+        self, group: GroupRequest, error: BaseException, limit: TimeLimit
+    ) -> dict[str, Any]:
+        if limit.exceeded:
+            return {"kind": "timeout", "message": f"it took longer than {group.timeout:g} s"}
+        if isinstance(error, MemoryError):
+            return self._exception(group, None, error).record
+        return _record(error)
 
     def _exception(
         self, group: GroupRequest, key: Any, error: BaseException | None, doing: str = ""
@@ -424,7 +441,7 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
     return reply
 
 
-def _record(error: Exception) -> dict[str, Any]:
+def _record(error: BaseException) -> dict[str, Any]:
     """Describe in the reply why something failed."""
     if isinstance(error, Failure):
         return error.record

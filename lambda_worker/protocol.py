@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import platform
 import secrets
 import threading
@@ -114,6 +115,8 @@ class GroupRequest:
     entangled : bool
         Readers must see the outputs of one attempt: they are committed under names of the
         attempt's own (:func:`attempt_name`), and count once the reply is there.
+    timeout : float, optional
+        Seconds after which its tasks are interrupted.
     """
 
     body: Value
@@ -121,6 +124,7 @@ class GroupRequest:
     outputs: list[str]
     frames: list[tuple[int, Value]] = field(default_factory=list)
     entangled: bool = False
+    timeout: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Describe the group in a request."""
@@ -130,6 +134,7 @@ class GroupRequest:
             "inputs": [value.to_json() for value in self.inputs],
             "outputs": self.outputs,
             **({"entangled": True} if self.entangled else {}),
+            **({"timeout": self.timeout} if self.timeout is not None else {}),
         }
 
     @classmethod
@@ -147,6 +152,7 @@ class GroupRequest:
                 inputs=[Value.from_json(v) for v in record["inputs"]],
                 outputs=_names(record["outputs"]),
                 entangled=bool(record.get("entangled", False)),
+                timeout=_timeout(record.get("timeout")),
             )
 
 
@@ -248,6 +254,14 @@ def _understood(what: str) -> Iterator[None]:
         yield
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"{what} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _timeout(found: Any) -> float | None:
+    if found is None:
+        return None
+    if not 0 < (seconds := float(found)) < math.inf:
+        raise ValueError("the time-out")
+    return seconds
 
 
 def _names(found: Any) -> list[str]:

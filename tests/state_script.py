@@ -26,6 +26,7 @@ from dask_lambda.events import (
 from dask_lambda.plan import Group
 from dask_lambda.policy import Policy
 from dask_lambda.state import State
+from tests.state_invariants import check
 
 TASK, MEMORY, TIMEOUT, DEATH, TRANSIENT, EXPIRED, THROTTLED, RATE_LIMITED, FATAL = (
     Failure(FailureKind.TASK),
@@ -71,7 +72,7 @@ class Script:
 
     def tell(self, event: Event) -> list[Instruction]:
         out = self.state.handle(event, self.now)
-        self.state.validate()
+        check(self.state)
         self.accepted += [i.result for i in out if isinstance(i, Accept)]
         self.discarded += [i.result for i in out if isinstance(i, Discard)]
         self.out = [i for i in out if not isinstance(i, Accept | Discard)]

@@ -17,7 +17,7 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "__init__", "cleaning", "scheduler", "resume", "annotations"),
+    *("__main__", "cli", "__init__", "cleaning", "scheduler", "session", "resume", "annotations"),
     *("dispatch", "sending", "objects", "run", "kept_folder", "kept_runs", "lifecycle"),
     *("simulate", "bounds", "timeline", "aws_model"),
     *(
@@ -46,8 +46,19 @@ ENGINE = [
 ]
 #: The ground, likewise.
 GROUND = [
-    *("handler", "lease", "uploads", "prefetch", "execute", "folds", "commit", "store", "codec"),
-    *("cache", "memory", "protocol", "errors"),
+    *(
+        "handler",
+        "lease",
+        "limits",
+        "uploads",
+        "prefetch",
+        "execute",
+        "folds",
+        "commit",
+        "store",
+        "codec",
+    ),
+    *("codec", "cache", "memory", "protocol", "errors"),
 ]
 PURE = [
     *("fingerprint", "digest", "reuse", "lifecycle"),

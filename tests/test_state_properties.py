@@ -33,6 +33,7 @@ from dask_lambda.pace import TRUST
 from dask_lambda.plan import Group
 from dask_lambda.policy import Policy
 from dask_lambda.state import State
+from tests.state_invariants import check
 
 
 @dataclass
@@ -252,7 +253,7 @@ class Play:
         assert len(groups) <= POLICY.batch_groups
 
     def check(self) -> None:
-        self.state.validate()
+        check(self.state)
         assert self.expected_failure is None, "a failure that nothing can mend ends the run"
         assert set(self.state.in_flight) == set(self.flying)
         known = {run.name for run in self.runs.values() if run.opened}

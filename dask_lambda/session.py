@@ -1,0 +1,476 @@
+"""A run that stays open: calls are added one by one, and each has an end of its own.
+
+May import: dispatch, run, plan, graph, report, cost, config, failures, events, errors, the ground.
+
+A :class:`Session` is what the futures of an executor and the worker of a ``distributed`` cluster
+stand on.  Its calls go through the same state machine, payloads, workers and objects as the tasks
+of a graph; what is different is that nobody knows them all beforehand, that one may fail without
+the others, and that results live as long as somebody holds them (:class:`Stored`).
+
+All methods may be called in any thread.  What is asked for is put into a queue that the engine's
+thread empties, many calls at a time.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+from dask._task_spec import GraphNode
+from dask.utils import key_split
+
+from dask_lambda import errors, failures
+from dask_lambda.config import Settings
+from dask_lambda.cost import Prices
+from dask_lambda.dispatch import Engine
+from dask_lambda.events import Failure, FailureKind, GroupsCancelled, KeysReleased, WindowChanged
+from dask_lambda.graph import short
+from dask_lambda.plan import Group, Priority
+from dask_lambda.report import CallReport, RunReport
+from dask_lambda.run import Result, Run, RunFailed, Sealed
+from lambda_worker import codec
+from lambda_worker.protocol import Key, Reference, Value
+
+#: How long closing waits for the session's objects to be deleted, in seconds.
+CLOSE_SECONDS = 5.0
+CLOSED = "the session was closed: its calls were given up, and its results deleted"
+
+
+class Call(Protocol):
+    """Hears what becomes of one call.
+
+    Its methods are called in the engine's thread: they must return at once, and not raise.
+    """
+
+    def started(self) -> None:
+        """It was sent to Lambda, perhaps once more."""
+
+    def finished(self, report: CallReport) -> None:
+        """Its result is there, in its :class:`Stored`."""
+
+    def failed(self, exception: BaseException, log: str) -> None:
+        """It ends without result; CancelledError if nobody wanted it any more.
+
+        ``log`` is the end of the log of its last invocation, in base64, if there was one.
+        """
+
+
+class Stored:
+    """The result of a call, or other data of a session: in S3, or small and at hand.
+
+    The object in S3 lives as long as this one here, or until the session is closed.
+
+    Attributes
+    ----------
+    key : key
+    session : Session
+    value : Value or None
+        Where it is; None as long as the call has not ended.
+    nbytes : int
+        Its size in the memory of a worker.
+    kind : str
+        Its type, as ``module.name``.
+    """
+
+    __slots__ = ("__weakref__", "key", "kind", "nbytes", "session", "value")
+
+    def __init__(self, session: Session, key: Key):
+        self.session = session
+        self.key = key
+        self.value: Value | None = None
+        self.nbytes = 0
+        self.kind = ""
+        weakref.finalize(self, session.let_go, key).atexit = False
+
+    def __repr__(self) -> str:
+        return f"<Stored {self.key!r}>"
+
+    def load(self) -> Any:
+        """Fetch, verify and unpickle the value.
+
+        Raises
+        ------
+        IntegrityError, LostDataError, AccessDeniedError
+        InvocationError
+            If the session is closed.
+        """
+        return self.session.fetch(self).result().load()
+
+
+@dataclass(slots=True)
+class _Spent:
+    """What the attempts at one call have cost so far."""
+
+    usd: float = 0.0
+    invocations: int = 0
+    log: str = ""
+
+
+@dataclass(eq=False)
+class SessionRun(Run):
+    """The run of a session; in the engine's thread.
+
+    Attributes
+    ----------
+    calls : dict
+        Those that have not ended: who holds the result, and who hears of it.
+    """
+
+    session: Session = field(kw_only=True)
+    calls: dict[Key, tuple[Stored, Call]] = field(default_factory=dict)
+    spending: dict[Key, _Spent] = field(default_factory=dict)
+
+    def is_shared(self, key: Key) -> bool:
+        """Whoever may come to read it."""
+        return True
+
+    def is_wanted(self, group: Group) -> bool:
+        """Whether the call has not ended."""
+        return group.outputs[0] in self.calls
+
+    def tell_started(self, group: Group) -> None:
+        """Tell that a call was sent."""
+        if (found := self.calls.get(group.outputs[0])) is not None:
+            found[1].started()
+
+    def tell_finished(self, group: Group, result: Result) -> None:
+        """Tell that a call is done."""
+        (key, value) = result.told[0]
+        self.graph.tasks.pop(key, None)
+        if key not in self.calls:
+            return
+        stored, call = self.calls.pop(key)
+        spent = self.spending.pop(key, _Spent())
+        measured = list(result.measured.values())
+        stored.value = value
+        stored.nbytes = int(sum(each[2] for each in measured))
+        stored.kind = result.types[0] if result.types else ""
+        call.finished(
+            CallReport(
+                seconds=sum(each[1] for each in measured),
+                peak_memory_mb=result.peak_memory / 2**20,
+                cold_start=result.cold,
+                cost_usd=spent.usd,
+                invocations=spent.invocations,
+                nbytes=stored.nbytes,
+                kind=stored.kind,
+                finished=time.time(),
+                log=spent.log,
+            )
+        )
+
+    def tell_failed(self, group: Group, failure: Failure, origin: Group) -> None:
+        """Tell that a call ends without result."""
+        key = group.outputs[0]
+        self.graph.tasks.pop(key, None)
+        if key in self.calls:
+            _, call = self.calls.pop(key)
+            call.failed(self._exception(failure, origin), self.spending.pop(key, _Spent()).log)
+
+    def _exception(self, failure: Failure, origin: Group) -> BaseException:
+        if failure.kind is FailureKind.CANCELLED:
+            return CancelledError()
+        if isinstance(failure.detail, failures.Detail):
+            failure = replace(failure, detail=replace(failure.detail, key=""))
+        name = self.session.shown(origin.outputs[0])
+        return failures.to_exception(failure, name, {self.encoder.run: self.secret})
+
+    def note_attempt(self, groups: Sequence[Group], usd: float, log: str) -> None:
+        """Take note of what an attempt at some calls has cost."""
+        for group in groups:
+            key = group.outputs[0]
+            if key in self.calls:
+                spent = self.spending.setdefault(key, _Spent())
+                spent.usd += usd / len(groups)
+                spent.invocations += 1
+                spent.log = log or spent.log
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """A call on its way to the engine."""
+
+    group: Group
+    task: GraphNode
+    stored: Stored
+    call: Call
+
+
+class Session:
+    """An open run of an engine.
+
+    Parameters
+    ----------
+    engine : Engine
+    settings : Settings
+    shown : callable, optional
+        How users know a key, for errors.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, shown: Callable[[Key], str] = short):
+        self.engine = engine
+        self.shown = shown
+        self.started = time.perf_counter()
+        self.closed = False
+        self._submitted: deque[_Submitted] = deque()
+        self._cancelled: deque[tuple[Key, bool]] = deque()
+        self._released: deque[Key] = deque()
+        self._awake = False
+        self._end: BaseException | None = None  # why nothing can be added any more
+        self._run: SessionRun = engine.open_run(
+            SessionRun,
+            inline_bytes=settings.inline_bytes,
+            compression=settings.compression,
+            speculate=settings.speculate,
+            patience=settings.patience,
+            max_cost_usd=settings.max_cost_usd,
+            max_seconds=settings.max_seconds,
+            memory_mb=settings.memory,
+            session=self,
+            events=_Inbox(self._hear),
+        )
+
+    # -- in any thread ---------------------------------------------------------------------------
+
+    def submit(
+        self,
+        task: GraphNode,
+        call: Call,
+        *,
+        inputs: Iterable[Key] = (),
+        kind: str = "",
+        priority: Priority = 0,
+        retries: int = 0,
+        memory: int = 0,
+        timeout: float | None = None,
+    ) -> Stored:
+        """Have a task run on Lambda as soon as its inputs are there.
+
+        Parameters
+        ----------
+        task : GraphNode
+            Its key must be new to the session, and its dependencies be those in ``inputs``.
+        call : Call
+        inputs : iterable of key
+            Of results of the session, which somebody holds.
+        kind : str
+            Calls of one kind take about the same time; by default the prefix of the key.
+        priority : int or tuple
+            Smaller is sooner; of the same form in all calls of the session.
+        retries : int
+            After the task's own failures.
+        memory : int
+            Bytes that it is said to need.
+        timeout : float, optional
+            Seconds after which it is interrupted.
+
+        Returns
+        -------
+        Stored
+            To be held by whoever wants the result.
+
+        Raises
+        ------
+        InvocationError
+            If the session is closed, or has ended for any other reason, which is then raised.
+        """
+        if self._end is not None:
+            raise self._end
+        key: Key = task.key
+        group = Group(
+            (key,),
+            tuple(inputs),
+            (key,),
+            priority,
+            retries,
+            kind or key_split(key),
+            None,
+            memory,
+            timeout,
+        )
+        stored = Stored(self, key)
+        self._submitted.append(_Submitted(group, task, stored, call))
+        self._wake()
+        return stored
+
+    def put(self, key: Key, value: Any) -> Future[Stored]:
+        """Begin to store a value for calls to read, as if it were the result of one.
+
+        Raises
+        ------
+        UnserializableError
+        InvocationError
+            If the session is closed.
+        """
+        try:
+            frames = codec.serialize(value)
+        except Exception as error:
+            raise errors.UnserializableError(
+                f"the value {key!r}, a {type(value).__name__}, cannot be pickled, so that it "
+                f"cannot be sent to Lambda ({type(error).__name__}: {error})"
+            ) from error
+        run = self._run
+        name = run.object_name(key)
+        sealed = codec.seal(frames, run.secret, name)
+        stored = Stored(self, key)
+        stored.value = Value(name, len(sealed), sealed, shared=True)
+        stored.nbytes = sum(frame.nbytes for frame in frames)
+        stored.kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return self.engine.begin(self._put(stored))
+
+    def cancel(self, keys: Iterable[Key], *, in_flight: bool = False) -> None:
+        """Give up calls, and what waits for their results.
+
+        Parameters
+        ----------
+        keys : iterable of key
+        in_flight : bool
+            Whether also those that are being run.  They cannot be called back; what they bring is
+            deleted.
+        """
+        self._cancelled.extend((key, in_flight) for key in keys)
+        self._wake()
+
+    def let_go(self, key: Key) -> None:
+        """Delete a result when no call needs it any more; for finalizers: takes no lock."""
+        self._released.append(key)
+        self._wake()
+
+    def fetch(self, stored: Stored) -> Future[Sealed]:
+        """Begin to fetch a result that is there.
+
+        Raises
+        ------
+        InvocationError
+            If the session is closed.
+        """
+        value = stored.value
+        assert value is not None, "the call has not ended"
+        if value.data is not None:
+            done: Future[Sealed] = Future()
+            done.set_result(Sealed(value.data, self._run.secret, value.name))
+            return done
+        return self.engine.fetch(self._run, value)
+
+    def share(self, stored: Stored) -> Future[Reference]:
+        """Move a result that is there to S3, if it is not, for others to read: :attr:`secret`."""
+        return self.engine.begin(self._share(stored))
+
+    @property
+    def secret(self) -> bytes:
+        """Under which the objects of the session are sealed."""
+        return self._run.secret
+
+    def resize(self, window: int) -> None:
+        """Change how many invocations may be in flight, of all runs of the engine."""
+        self.engine.post(self.engine.handle, WindowChanged(window))
+
+    def report(self) -> RunReport:
+        """Return what was done so far."""
+        run = self._run
+        seconds = time.perf_counter() - self.started
+        return run.counts.report(run.store.counts, seconds, failed=False, prices=Prices())
+
+    def close(self) -> None:
+        """Give up all calls and delete all results.  Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._end = self._end or errors.InvocationError(CLOSED)
+        try:
+            self.engine.post(self._over)
+        except errors.InvocationError:  # the engine's thread has ended, or is about to tell
+            return
+        self.engine.cancel(self._run, CLOSE_SECONDS)
+
+    # -- in the engine's thread ------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        if not self._awake:
+            self._awake = True
+            self.engine.wake(self._drain)
+
+    def _drain(self) -> None:
+        """Do what was asked for: first what is added, since only that may need anything."""
+        self._awake = False
+        run, engine = self._run, self.engine
+        groups = []
+        while self._submitted:
+            each = self._submitted.popleft()
+            if self._end is not None:
+                each.call.failed(self._end, "")
+                continue
+            key = each.group.outputs[0]
+            run.graph.tasks[key] = each.task
+            run.calls[key] = each.stored, each.call
+            groups.append(each.group)
+        if run.over:  # whose end is about to be told
+            return
+        if groups:
+            engine.add(run, groups)
+        while self._cancelled:
+            key, in_flight = self._cancelled.popleft()
+            engine.handle(GroupsCancelled(run.name, (key,), in_flight))
+        if self._released:
+            keys = [self._released.popleft() for _ in range(len(self._released))]
+            engine.handle(KeysReleased(run.name, tuple(keys)))
+
+    async def _put(self, stored: Stored) -> Stored:
+        run, value = self._run, stored.value
+        assert value is not None
+        if value.size > run.inline_bytes:
+            data, value.data = value.data, None
+            run.uncertain.add(value.name)
+            assert data is not None
+            write = partial(run.store.put_async, value.name, data)
+            await self.engine.patiently(run.patience, write)
+        else:
+            run.inline[stored.key] = value.size
+            run.held += value.size
+        if run.over:
+            raise self._end or errors.InvocationError(CLOSED)
+        run.values[stored.key] = value
+        self.engine.add(run, (), (stored.key,))
+        return stored
+
+    async def _share(self, stored: Stored) -> Reference:
+        run, key = self._run, stored.key
+        value = run.values.get(key)
+        if value is None:
+            raise errors.LostDataError(f"the result {key!r} does not exist any more")
+        if value.data is not None:
+            moved = copy(value)  # whoever reads it at this moment sees the old one, or the new one
+            await self.engine.patiently(run.patience, partial(run.encoder.spill, moved))
+            if key in run.values:
+                run.held -= run.inline.pop(key, 0)
+                run.values[key] = stored.value = value = moved
+        return Reference(value.name, value.size)
+
+    def _hear(self, event: Any) -> None:
+        """Hear of the end of the run; also when the engine's thread has ended."""
+        if isinstance(event, RunFailed):
+            self._end = self._end or event.exception
+            self._over()
+
+    def _over(self) -> None:
+        """Tell all who wait that nothing more comes."""
+        assert self._end is not None
+        calls, self._run.calls = self._run.calls, {}
+        for _, call in calls.values():
+            call.failed(self._end, "")
+        while self._submitted:
+            self._submitted.popleft().call.failed(self._end, "")
+
+
+class _Inbox:
+    """Takes the place of the queue in which the caller of a run listens."""
+
+    def __init__(self, hear: Callable[[Any], None]):
+        self.put = hear

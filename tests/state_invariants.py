@@ -1,0 +1,58 @@
+"""What must hold in the state machine after every event."""
+
+from __future__ import annotations
+
+from dask_lambda.books import RunBook
+from dask_lambda.state import State
+
+
+def check(state: State) -> None:
+    """Raise AssertionError if something does not hold."""
+    assert state.window.limit <= state.window.size
+    flying: dict[str, int] = {}
+    attempts: dict[int, int] = {}
+    for flight in state.in_flight.values():
+        for job in flight.jobs:
+            assert job.missing == 0, "a job is in flight before its inputs"
+            assert job.run is flight.run
+            attempts[id(job)] = attempts.get(id(job), 0) + 1
+        flying[flight.run.name] = flying.get(flight.run.name, 0) + 1
+    assert all(count <= 2 for count in attempts.values()), "one duplicate at the most"
+    assert state._speculating == sum(f.speculative for f in state.in_flight.values())
+    for run in state._runs.values():
+        assert run.in_flight == flying.get(run.name, 0)
+        if run.ended:
+            assert run.in_flight, "an ended run without invocations was not forgotten"
+            continue
+        for key, datum in run.data.items():
+            assert datum.readers >= len(datum.waiting), key
+            assert not (datum.available and datum.waiting), key
+        ready = [job for _, _, job in run.ready if not (run.isolated and job.done)]
+        assert all(not job.missing and not job.in_flight and not job.done for job in ready)
+        assert run.queued or run.starved or not ready
+        _check_isolated(run)
+        assert not run.starved or run.in_flight, "a run that waits for nothing"
+        for flight in state.in_flight.values():
+            for job in flight.jobs:
+                assert job.in_flight == attempts[id(job)]
+
+
+def _check_isolated(run: RunBook) -> None:
+    """What must hold besides in a run whose groups fail alone."""
+    if not run.isolated:
+        assert not run.jobs
+        assert all(datum.failed is None for datum in run.data.values())
+        return
+    assert len({id(job) for job in run.jobs.values()}) == run.unfinished
+    for key, job in run.jobs.items():
+        assert not job.done
+        assert key in job.spec.outputs
+    for key, datum in run.data.items():
+        if datum.failed is not None:
+            assert not datum.available
+            assert not datum.waiting, f"somebody waits for {key}, which will never be there"
+            assert datum.keep or datum.readers
+        elif datum.available:
+            assert datum.keep or datum.readers, f"nobody needs {key}"
+        else:
+            assert key in run.jobs, f"nobody makes {key}"
