@@ -1,13 +1,12 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: sending, objects, run, kept_folder, reuse, state, plan, graph, encode, failures, the
-ground.
+May import: loop_thread, sending, objects, run, kept_folder, reuse, state, plan, graph, encode,
+failures, the ground.
 
-An :class:`Engine` is one asyncio loop in one background thread, so that it works in scripts, in
-notebooks (where a loop is running already) and inside other schedulers.  All runs of a scheduler
-share it, with its connection pool and its window.  The state machine and everything about a
-:class:`Run` are touched in that thread only; a caller hands a run over with :meth:`Engine.start`
-and then listens to :attr:`Run.events`.
+An :class:`Engine` is one loop in one background thread (:mod:`dask_lambda.loop_thread`).  All runs
+of a scheduler share it, with its connection pool and its window.  The state machine and everything
+about a :class:`Run` are touched in that thread only; a caller hands a run over with
+:meth:`Engine.start` and then listens to :attr:`Run.events`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import logging
 import math
 import os
 import secrets as tokens
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -55,6 +53,7 @@ from dask_lambda.events import (
 from dask_lambda.graph import Graph, short
 from dask_lambda.kept_folder import Folder, Inventory, survey, write_manifest
 from dask_lambda.kept_runs import KeptRun
+from dask_lambda.loop_thread import CLOSED, LoopThread, claim_process
 from dask_lambda.objects import Objects
 from dask_lambda.plan import Group, Plan
 from dask_lambda.reuse import apart
@@ -89,8 +88,6 @@ MAX_HELD_BYTES = 256 * 2**20
 CLOSE_SECONDS = 0.5
 #: What became of a group that was given up before it was sent.
 UNWANTED = Failure(FailureKind.CANCELLED)
-#: What callers hear for whom it is too late.
-CLOSED = "the scheduler was closed"
 #: How long obstore's threads get at the end of the interpreter, to hand over what is done.
 REST_SECONDS = 0.05
 
@@ -101,29 +98,7 @@ def _smaller(run: Run, group: Group) -> list[Group]:
     return parts if run.folder is None else apart(run.graph, run.plan.repeated, parts)
 
 
-_process: int | None = None  # the one in which obstore's threads are
-
-
-def claim_process() -> None:
-    """Note that this process uses obstore.
-
-    Raises
-    ------
-    DaskLambdaError
-        If it was forked from one that did: obstore's threads are not there, and would be waited
-        for without end.
-    """
-    global _process
-    if _process not in (None, os.getpid()):
-        raise errors.DaskLambdaError(
-            "this process was forked from one that had computed on Lambda already, which S3's "
-            "client does not survive: fork before the first computation, or start processes with "
-            "multiprocessing's method 'spawn' or 'forkserver'"
-        )
-    _process = os.getpid()
-
-
-class Engine:
+class Engine(LoopThread):
     """Runs graphs.
 
     Parameters
@@ -132,21 +107,15 @@ class Engine:
     """
 
     def __init__(self, backend: Backend):
+        super().__init__()
         self.backend = backend
         self.state = State(backend.window, seed=tokens.randbits(32), rungs=len(backend.invokers))
         self.prices = Prices()
-        self.pid = os.getpid()
-        self.closed = False
         self._runs: dict[str, Run] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._fetching = asyncio.Semaphore(FETCHES)
         self._store = Store(backend.bucket)
         self._sender = Sender(backend, self.prices)
         self._objects = Objects(self._store, self._spawn, self.load, backend.refresh)
-        self._lock = threading.Lock()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._work, name="dask-lambda", daemon=True)
-        self._thread.start()
 
     # -- called from any thread ------------------------------------------------------------------
 
@@ -301,19 +270,6 @@ class Engine:
             "secret": secret,
         }
 
-    def post(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Have a function called in the engine's thread, soon.
-
-        Raises
-        ------
-        InvocationError
-            If the engine is closed.
-        """
-        with self._lock:  # close() ends every run that was started before it
-            if self.closed:
-                raise errors.InvocationError(CLOSED)
-            self._loop.call_soon_threadsafe(self._safely, function, *arguments)
-
     def fetch(self, run: Run, value: Value) -> Future[Sealed]:
         """Begin to fetch an output of a run that goes on.
 
@@ -323,12 +279,6 @@ class Engine:
             If the engine is closed.
         """
         return self.begin(self._fetch_value(run, value))
-
-    def wake(self, function: Callable[[], None]) -> None:
-        """Have a function called in the engine's thread, if that goes on: takes no lock."""
-        if not self.closed and self.pid == os.getpid():
-            with suppress(RuntimeError):  # the loop may be closing at this moment
-                self._loop.call_soon_threadsafe(self._safely, function)
 
     async def patiently(self, patience: float, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Do something with S3, again and again for as long as patience lasts."""
@@ -392,8 +342,7 @@ class Engine:
             self._call(self._close()).result(CLOSE_SECONDS + 10)
         except TimeoutError:
             logger.warning("closing the engine took too long; objects may be left in the bucket")
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._stop()
         for run in list(self._runs.values()):  # whose callers would wait without end
             run.events.put(RunFailed(errors.InvocationError(CLOSED)))
 
@@ -407,56 +356,6 @@ class Engine:
         time.sleep(REST_SECONDS)
 
     # -- in the engine's thread ------------------------------------------------------------------
-
-    def _work(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-        finally:
-            left = asyncio.all_tasks(self._loop)  # for which callers may be waiting
-            for task in left:
-                task.cancel()
-            if left:
-                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.close()
-
-    def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _ask(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Have something done in the engine's thread, and wait for it.
-
-        Raises
-        ------
-        InvocationError
-            If the engine is closed, before or meanwhile.
-        """
-        try:
-            return self.begin(work).result()
-        except CancelledError:
-            raise errors.InvocationError(CLOSED) from None
-
-    def begin(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Begin to do something in the engine's thread.
-
-        Raises
-        ------
-        InvocationError
-            If the engine is closed.
-        """
-        with self._lock:
-            if self.closed:
-                work.close()
-                raise errors.InvocationError(CLOSED)
-            return self._call(work)
-
-    def _safely(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function of ours from the loop, which would only log what it raises."""
-        try:
-            function(*arguments)
-        except Exception as error:  # noqa: BLE001  told to all callers
-            self._panic(error)
 
     def _panic(self, error: BaseException) -> None:
         """End all runs after an error that nobody expected: better than to hang."""
@@ -592,17 +491,6 @@ class Engine:
                 case Wake(at):
                     delay = at - time.monotonic()
                     self._loop.call_later(delay, self._safely, self.handle, TimePassed(at))
-
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)  # the loop itself holds tasks weakly
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._panic(error)
 
     # -- one invocation --------------------------------------------------------------------------
 

@@ -29,12 +29,13 @@ from dask_lambda.callbacks import Callbacks
 from dask_lambda.config import Settings, check_names
 from dask_lambda.cost import Prices
 from dask_lambda.cost_model import CostModel
-from dask_lambda.dispatch import Engine, claim_process
+from dask_lambda.dispatch import Engine
 from dask_lambda.errors import ConfigurationError, IntegrityError, LostDataError
 from dask_lambda.estimates import Estimates, estimate, guess
 from dask_lambda.graph import Graph, short
 from dask_lambda.history import History
 from dask_lambda.kept_runs import Place
+from dask_lambda.loop_thread import claim_process
 from dask_lambda.plan import Group, Plan, cut_graph, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.resume import Resumption

@@ -220,8 +220,9 @@ class State:
             for key in spec.inputs:
                 datum = data[key]
                 datum.readers += 1
-                failed = failed or datum.failed
-                if not datum.available:
+                if datum.failed is not None:
+                    failed = datum.failed
+                elif not datum.available:
                     datum.waiting.append(job)
                     job.missing += 1
             if failed is not None:

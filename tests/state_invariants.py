@@ -25,7 +25,7 @@ def check(state: State) -> None:
             assert run.in_flight, "an ended run without invocations was not forgotten"
             continue
         for key, datum in run.data.items():
-            assert datum.readers >= len(datum.waiting), key
+            assert datum.readers >= sum(not job.done for job in datum.waiting), key
             assert not (datum.available and datum.waiting), key
         ready = [job for _, _, job in run.ready if not (run.isolated and job.done)]
         assert all(not job.missing and not job.in_flight and not job.done for job in ready)

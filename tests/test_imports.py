@@ -42,7 +42,7 @@ ENGINE = [
     *("tiling", "units"),
     *("folding", "fingerprint", "digest"),
     *("history", "estimates", "graph", "cost_model", "kernels"),
-    *("report", "cost", "config", "credentials", "signals", "errors"),
+    *("report", "cost", "config", "credentials", "loop_thread", "signals", "errors"),
 ]
 #: The ground, likewise.
 GROUND = [
