@@ -287,9 +287,12 @@ class Engine(LoopThread):
     async def _fetch_value(self, run: Run, value: Value) -> Sealed:
         if value.data is not None:
             return Sealed(value.data, run.secret, value.name)
-        async with self._fetching:
-            work = partial(fetch_sealed, run.store, value, run.secret)
-            return await self._objects.patiently(run.patience, work)
+        work = partial(fetch_sealed, run.store, value, run.secret)
+        try:
+            async with self._fetching:
+                return await self._objects.patiently(run.patience, work)
+        except StoreError as error:
+            raise failures.to_exception(failures.from_store_error(error), "", {}) from error
 
     def cancel(self, run: Run, patience: float) -> None:
         """Stop a run: nothing more is sent, and what it has written is deleted.

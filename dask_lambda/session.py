@@ -353,6 +353,8 @@ class Session:
         """
         value = stored.value
         assert value is not None, "the call has not ended"
+        if self.closed:
+            raise errors.InvocationError(CLOSED)
         if value.data is not None:
             done: Future[Sealed] = Future()
             done.set_result(Sealed(value.data, self._run.secret, value.name))
