@@ -19,7 +19,7 @@ from dask.base import collections_to_expr
 
 from dask_lambda.estimates import Estimates
 from dask_lambda.graph import Graph, materialise, normalise
-from dask_lambda.scheduler import StoredBlock
+from dask_lambda.stored import StoredBlock
 from lambda_worker.protocol import Reference, load_reference
 
 

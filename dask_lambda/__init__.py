@@ -15,9 +15,10 @@ from dask.base import named_schedulers
 
 from dask_lambda.config import load_defaults
 from dask_lambda.report import RunReport
+from dask_lambda.saved import load, save
 from dask_lambda.scheduler import LambdaScheduler, last_report
 
-__all__ = ["LambdaScheduler", "RunReport", "lambda_get", "last_report"]
+__all__ = ["LambdaScheduler", "RunReport", "lambda_get", "last_report", "load", "save"]
 
 try:
     __version__ = version("dask_lambda")

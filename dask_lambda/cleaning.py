@@ -24,7 +24,7 @@ from dask_lambda.errors import (
     ConfigurationError,
     DaskLambdaError,
 )
-from dask_lambda.kept_folder import kept_prefix
+from dask_lambda.kept_folder import DESCRIPTION, kept_prefix, label_of
 from dask_lambda.kept_runs import KeptRun, Place
 from lambda_worker import protocol
 from lambda_worker.store import LOOPBACK
@@ -49,6 +49,8 @@ class FoundRun:
     objects, nbytes : int
     newest : datetime
         When the last of them was written.
+    saved : bool
+        Whether a saved collection is described there.
     """
 
     run: str
@@ -57,6 +59,7 @@ class FoundRun:
     objects: int = 0
     nbytes: int = 0
     newest: datetime = NEVER
+    saved: bool = False
     names: list[str] = field(default_factory=list, repr=False)
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -64,6 +67,7 @@ class FoundRun:
         self.objects += 1
         self.nbytes += entry["Size"]
         self.newest = max(self.newest, entry["LastModified"])
+        self.saved |= self.kept and label_of(entry["Key"]).startswith(DESCRIPTION)
 
 
 @dataclass(slots=True)
@@ -166,7 +170,9 @@ class Bucket:
                     found.setdefault(match[1], FoundRun(match[1], kept)).add(entry)
         return sorted(found.values(), key=lambda each: each.newest)
 
-    def clean(self, older: timedelta, *, kept: bool = False, dry: bool = False) -> Cleaned:
+    def clean(
+        self, older: timedelta, *, kept: bool = False, saved: bool = False, dry: bool = False
+    ) -> Cleaned:
         """Delete runs whose newest object is older, and uploads that were begun before.
 
         Parameters
@@ -174,14 +180,16 @@ class Bucket:
         older : timedelta
         kept : bool
             Whether kept runs are deleted, too, with their records.
+        saved : bool
+            Whether saved collections are among these.
         dry : bool
             Only say what would be deleted.
         """
         before = datetime.now(UTC) - older
         cleaned = Cleaned()
-        records = {record.run: record for record in _records()} if kept else {}
+        records = {record.run: record for record in kept_runs.records()} if kept else {}
         for each in self.runs(kept=False) + (self.runs(kept=True) if kept else []):
-            if each.newest > before:
+            if each.newest > before or (each.saved and not saved):
                 continue
             if each.run in records:
                 each.name = records[each.run].name
@@ -327,16 +335,6 @@ def delete_run(record: KeptRun) -> FoundRun | None:
             bucket.delete(found.names)
         kept_runs.remove(record.name)
         return found
-
-
-def _records() -> Iterator[KeptRun]:
-    for name in kept_runs.names():
-        try:
-            record = kept_runs.read(name)
-        except ConfigurationError:
-            continue
-        if record is not None:
-            yield record
 
 
 def _names(prefix: str) -> re.Pattern[str]:

@@ -120,13 +120,13 @@ def stop(as_json: bool) -> None:
 
 @main.group()
 def runs() -> None:
-    """Look at, or delete, what was computed with `resume` or `keep`."""
+    """Look at, or delete, what was computed with `resume` or `keep`, or saved."""
 
 
 @runs.command(name="list")
 @as_json
 def list_runs(as_json: bool) -> None:
-    """List the kept runs of this user on this machine."""
+    """List the kept runs, and saved collections, of this user on this machine."""
     from dask_lambda import kept_runs
     from dask_lambda.errors import ConfigurationError
 
@@ -142,20 +142,23 @@ def list_runs(as_json: bool) -> None:
     if not found:
         click.echo("no runs are kept")
     for each in found:
-        click.echo(f"{each['name']:24} {each['status']:8} {_holds(each):30} {each['used']}")
+        what = f"  {each['saved']}" if each["saved"] else ""
+        click.echo(f"{each['name']:24} {each['status']:8} {_holds(each):30} {each['used']}{what}")
 
 
 @runs.command()
 @click.argument("name")
 @as_json
 def show(name: str, as_json: bool) -> None:
-    """Show one kept run: what it has in S3, and what that costs."""
+    """Show one kept run or saved collection: what it has in S3, and what that costs."""
     found = _describe_run(_record(name).name)
     if as_json:
         _print_json(found)
         return
-    for field in ("name", "status", "created", "used", "tasks", "results", "bucket", "folder"):
-        click.echo(f"  {field:9} {found[field]}")
+    fields = ["name", "kind", "saved", "status", "created", "used", "tasks", "results"]
+    for field in (*fields, "bucket", "folder"):
+        if found[field] is not None:
+            click.echo(f"  {field:9} {found[field]}")
     click.echo(f"  {'objects':9} {_holds(found)}")
     if found["usd_per_month"] is not None:
         click.echo(f"  {'storage':9} ${found['usd_per_month']:.4f} a month")
@@ -166,7 +169,7 @@ def show(name: str, as_json: bool) -> None:
 @yes
 @as_json
 def delete(name: str, yes: bool, as_json: bool) -> None:
-    """Delete a kept run: its objects in S3 and its record here."""
+    """Delete a kept run or saved collection: its objects in S3 and its record here."""
     from dask_lambda.cleaning import delete_run
 
     record = _record(name)
@@ -187,10 +190,13 @@ def delete(name: str, yes: bool, as_json: bool) -> None:
     help="Only runs whose newest object is older: 1d, 12h, 30m, 0s.",
 )
 @click.option("--kept", is_flag=True, help="Kept runs as well, and their records.")
+@click.option("--saved", is_flag=True, help="Kept runs, and saved collections among them.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 @yes
 @as_json
-def clean(older_than: str, kept: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
+def clean(
+    older_than: str, kept: bool, saved: bool, dry_run: bool, yes: bool, as_json: bool
+) -> None:
     """Delete what killed programs have left in the bucket.
 
     Only objects with names like ours are looked at, in the bucket that is configured.  A run that
@@ -208,17 +214,19 @@ def clean(older_than: str, kept: bool, dry_run: bool, yes: bool, as_json: bool) 
     if bucket is None:
         _nothing_there(as_json, {"runs": [], "uploads": 0})
         return
-    found = bucket.clean(age, kept=kept, dry=True)
+    kept |= saved
+    found = bucket.clean(age, kept=kept, saved=saved, dry=True)
     if not dry_run and (found.runs or found.uploads):
         if not yes and not as_json:
             _print_cleaned(found, bucket, "to be deleted")
         _confirm(yes, as_json, "Delete them?")
-        found = bucket.clean(age, kept=kept)
+        found = bucket.clean(age, kept=kept, saved=saved)
     if as_json:
         described = [
             {
                 "run": each.run,
                 "kept": each.kept,
+                "saved": each.saved,
                 "name": each.name,
                 "objects": each.objects,
                 "bytes": each.nbytes,
@@ -260,7 +268,7 @@ def show_lifecycle(as_json: bool) -> None:
 
 @lifecycle_rules.command()
 @click.option("--days", type=click.IntRange(min=1), required=True, help="Age of the objects.")
-@click.option("--kept", is_flag=True, help="Kept runs as well.")
+@click.option("--kept", is_flag=True, help="Kept runs as well, and saved collections.")
 @as_json
 @click.pass_context
 def install(context: click.Context, days: int, kept: bool, as_json: bool) -> None:
@@ -340,6 +348,8 @@ def _describe_run(name: str) -> dict[str, Any]:
 
     return {
         "name": record.name,
+        "kind": record.kind,
+        "saved": None if record.saved is None else record.saved.what,
         "status": status,
         "created": date(record.created),
         "used": date(record.used),
@@ -379,7 +389,7 @@ def _nothing_there(as_json: bool, answer: dict[str, Any]) -> None:
 
 def _print_cleaned(found: Cleaned, bucket: Bucket, what: str) -> None:
     for each in found.runs:
-        kind = "kept run" if each.kept else "run"
+        kind = "saved collection" if each.saved else "kept run" if each.kept else "run"
         called = f" ({each.name})" if each.name else ""
         newest = each.newest.isoformat(timespec="seconds")
         click.echo(

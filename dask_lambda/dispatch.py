@@ -1,7 +1,7 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: loop_thread, sending, objects, run, kept_folder, reuse, state, plan, graph, encode,
-failures, the ground.
+May import: loop_thread, sending, objects, stored, run, kept_folder, kept_runs, reuse, state, plan,
+graph, encode, failures, the ground.
 
 An :class:`Engine` is one loop in one background thread (:mod:`dask_lambda.loop_thread`).  All runs
 of a scheduler share it, with its connection pool and its window.  The state machine and everything
@@ -18,9 +18,9 @@ import os
 import secrets as tokens
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -52,7 +52,7 @@ from dask_lambda.events import (
 )
 from dask_lambda.graph import Graph, short
 from dask_lambda.kept_folder import Folder, Inventory, survey, write_manifest
-from dask_lambda.kept_runs import KeptRun
+from dask_lambda.kept_runs import KeptRun, Place
 from dask_lambda.loop_thread import CLOSED, LoopThread, claim_process
 from dask_lambda.objects import Objects
 from dask_lambda.plan import Group, Plan
@@ -69,6 +69,7 @@ from dask_lambda.run import (
 from dask_lambda.sending import Backend, Sender
 from dask_lambda.splitting import split
 from dask_lambda.state import State
+from dask_lambda.stored import tell_whose
 from lambda_worker import protocol
 from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
@@ -98,6 +99,15 @@ def _smaller(run: Run, group: Group) -> list[Group]:
     return parts if run.folder is None else apart(run.graph, run.plan.repeated, parts)
 
 
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Make errors of ours of what S3 says."""
+    try:
+        yield
+    except StoreError as error:
+        raise failures.to_exception(failures.from_store_error(error), "", {}) from error
+
+
 class Engine(LoopThread):
     """Runs graphs.
 
@@ -109,13 +119,16 @@ class Engine(LoopThread):
     def __init__(self, backend: Backend):
         super().__init__()
         self.backend = backend
+        self.place = Place(
+            backend.bucket_name, backend.prefix, backend.region, backend.endpoint_url
+        )
         self.state = State(backend.window, seed=tokens.randbits(32), rungs=len(backend.invokers))
         self.prices = Prices()
         self._runs: dict[str, Run] = {}
         self._fetching = asyncio.Semaphore(FETCHES)
         self._store = Store(backend.bucket)
         self._sender = Sender(backend, self.prices)
-        self._objects = Objects(self._store, self._spawn, self.load, backend.refresh)
+        self._objects = Objects(self._store, self.place, self._spawn, self.load, backend.refresh)
 
     # -- called from any thread ------------------------------------------------------------------
 
@@ -288,11 +301,9 @@ class Engine(LoopThread):
         if value.data is not None:
             return Sealed(value.data, run.secret, value.name)
         work = partial(fetch_sealed, run.store, value, run.secret)
-        try:
+        with _translated():
             async with self._fetching:
                 return await self._objects.patiently(run.patience, work)
-        except StoreError as error:
-            raise failures.to_exception(failures.from_store_error(error), "", {}) from error
 
     def cancel(self, run: Run, patience: float) -> None:
         """Stop a run: nothing more is sent, and what it has written is deleted.
@@ -309,12 +320,37 @@ class Engine(LoopThread):
             done.result(patience)
 
     def load(self, reference: Reference) -> Any:
-        """Load a stored result, in any other thread than the engine's."""
+        """Load a stored result, in any other thread than the engine's.
+
+        Raises
+        ------
+        DaskLambdaError
+            LostDataError, IntegrityError, or what else S3 says.
+        """
         claim_process()
         secret = self._objects.secret_of(reference)
         work = partial(fetch_sealed, self._store, reference, secret)
-        sealed: Sealed = self._ask(self._objects.patiently(PATIENCE, work))
+        try:
+            with _translated():
+                sealed: Sealed = self._ask(self._objects.patiently(PATIENCE, work))
+        except (errors.LostDataError, errors.IntegrityError) as error:
+            tell_whose(error)
+            raise
         return sealed.load()
+
+    def adopt(self, record: KeptRun) -> None:
+        """Take note of a kept run, so that references to its objects can be loaded."""
+        self._objects.adopt(record.run, record.secret)
+
+    def write(self, name: str, data: bytes | bytearray) -> None:
+        """Write an object of a kept run, at whose name there is nothing yet.
+
+        Raises
+        ------
+        DaskLambdaError
+        """
+        with _translated():
+            self._ask(self._objects.patiently(PATIENCE, partial(self._store.put_async, name, data)))
 
     def survey(self, record: KeptRun) -> Inventory:
         """See what a kept run has in the bucket; what means nothing any more is deleted.
@@ -388,11 +424,9 @@ class Engine(LoopThread):
 
     async def _survey(self, record: KeptRun) -> Inventory:
         self._objects.adopt(record.run, record.secret)
-        try:
+        with _translated():
             found = await survey(self._store, record)
             await write_manifest(self._store, record)
-        except StoreError as error:
-            raise failures.to_exception(failures.from_store_error(error), "", {}) from error
         await self._objects.delete(self._store, sorted(found.rubbish))
         return found
 
@@ -632,8 +666,8 @@ class Engine(LoopThread):
         limits = {"max_cost_usd": run.max_cost_usd, "max_seconds": run.max_seconds}
         said = " and ".join(f"{name}={value:g}" for name, value in limits.items() if value)
         usd = run.counts.usd(run.store.counts, self.prices)
-        name = "" if run.folder is None else run.folder.record.name
-        return failures.from_budget(usd, time.monotonic() - run.started, said, name)
+        again = "" if run.folder is None else run.folder.again
+        return failures.from_budget(usd, time.monotonic() - run.started, said, again)
 
     async def _cancel(self, run: Run) -> None:
         run.abandoned = True

@@ -470,7 +470,7 @@ def _store_failure(kind: str, message: str) -> Failure:
 # ---------------------------------------------------------------------------------------------
 
 
-def from_budget(spent_usd: float, seconds: float, limits: str, kept: str = "") -> Failure:
+def from_budget(spent_usd: float, seconds: float, limits: str, again: str = "") -> Failure:
     """Build the failure of a run that may not spend more.
 
     Parameters
@@ -480,12 +480,12 @@ def from_budget(spent_usd: float, seconds: float, limits: str, kept: str = "") -
         That it took.
     limits : str
         What it was allowed, in the words of the settings.
-    kept : str
-        The name under which its results stay, if they do.
+    again : str
+        How to go on, if its results stay.
     """
     advice = "None of it is kept: with resume='...' it would be. Raise the limit and compute again."
-    if kept:
-        advice = f"What is done is kept: raise the limit and compute again with resume={kept!r}."
+    if again:
+        advice = f"What is done is kept: raise the limit and {again}."
     return Failure(
         FailureKind.BUDGET,
         Detail(

@@ -20,6 +20,7 @@ from dask._task_spec import (
     GraphNode,
     NestedContainer,
     Task,
+    _execute_subgraph,
     convert_legacy_graph,
 )
 from dask.core import flatten
@@ -176,8 +177,16 @@ def _under(key: Key, node: GraphNode) -> GraphNode:
     return node
 
 
-def _stored(node: GraphNode) -> Reference | None:
-    """Return the reference that a task loads, if that is all that it does."""
+def _stored(node: GraphNode | None) -> Reference | None:
+    """Return the reference that a task loads, if that is all that it does.
+
+    Dask may have fused the load with mere names.
+    """
+    while isinstance(node, Task) and node.func is _execute_subgraph:
+        inner, outkey = node.args[:2]
+        node = inner.get(outkey)
+        while isinstance(node, Alias):
+            node = inner.get(node.target)
     if isinstance(node, Task) and node.func is load_reference and not node.dependencies:
         reference = node.args[0]
         if isinstance(reference, Reference):

@@ -4,8 +4,9 @@ May import: kept_runs, errors, the ground.  To be used in the engine's thread.
 
 Objects of such runs have folders of their own, ``<shard>/<prefix>-kept/<run>/``, where no
 lifecycle rule for the other runs finds them, and labels by which a later session knows what they
-are: fingerprints, of outputs; ``frame-`` and ``literal-``, of data that tasks read.  All others
-mean something to the session only that wrote them.
+are: fingerprints, of outputs; ``frame-`` and ``literal-``, of data that tasks read; ``saved-``, of
+the description of a saved collection, if it is the one that the record names.  All others mean
+something to the session only that wrote them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ ATTEMPT_AGE = timedelta(minutes=30)
 MANIFEST = "manifest"
 #: Listings and pointers that are read at the same time.
 AT_ONCE = 16
+
+#: What labels of descriptions begin with.
+DESCRIPTION = "saved-"
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _DATA = ("frame-", "literal-")
@@ -64,6 +68,8 @@ class Folder:
     Attributes
     ----------
     record : KeptRun
+    again : str
+        How to go on if this one breaks off, for people.
     keep : bool
         Whether intermediate results stay.
     labels : dict
@@ -78,6 +84,7 @@ class Folder:
     """
 
     record: KeptRun
+    again: str = ""
     keep: bool = False
     labels: Mapping[Key, str] = field(default_factory=dict)
     results: set[str] = field(default_factory=set)
@@ -105,6 +112,8 @@ class Folder:
         if not self.open:
             return True
         label = label_of(name)
+        if is_description(self.record, label):
+            return True
         if _FINGERPRINT.fullmatch(label) is None:
             return False
         return self.keep or label in self.results
@@ -114,6 +123,16 @@ def is_data(name: str) -> bool:
     """Whether an object is data that tasks read, which a later session need not upload again."""
     label = name.rpartition("/")[2]
     return label.startswith(_DATA) and "once-" not in label
+
+
+def is_description(record: KeptRun, label: str) -> bool:
+    """Whether an object is the description of the collection that is saved under a name."""
+    return record.saved is not None and record.saved.label == label
+
+
+def new_label() -> str:
+    """Return a label for a result that cannot be found again, like a fingerprint to all others."""
+    return secrets.token_hex(16)
 
 
 def kept_prefix(prefix: str) -> str:
@@ -146,7 +165,7 @@ async def survey(store: Store, record: KeptRun) -> Inventory:
             found.data[entry.name] = entry.size
         elif _FINGERPRINT.fullmatch(label):
             outputs[entry.name] = entry
-        elif label != MANIFEST:
+        elif label != MANIFEST and not is_description(record, label):
             found.rubbish.add(entry.name)
     limit = asyncio.Semaphore(AT_ONCE)
 

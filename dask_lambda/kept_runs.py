@@ -1,4 +1,4 @@
-"""The local records of runs whose objects outlive them: ``resume="name"`` and ``keep=True``.
+"""The local records of runs whose objects outlive them: ``resume``, ``keep``, and ``save``.
 
 May import: errors, the standard library.
 
@@ -25,6 +25,8 @@ from typing import Any, Literal
 from dask_lambda.errors import ConfigurationError
 
 Status = Literal["new", "running", "failed", "done"]
+#: What a name is for: ``resume`` and ``keep``, or ``save``.
+Kind = Literal["computed", "saved"]
 
 #: Of names: they are file names, too.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -40,6 +42,32 @@ class Place:
     prefix: str
     region: str | None = None
     endpoint_url: str | None = None
+
+    def __str__(self) -> str:
+        where = self.endpoint_url or self.region or "the default region"
+        return f"bucket {self.bucket!r} (prefix {self.prefix!r}, {where})"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Where the description of a saved collection is; the rest is for people.
+
+    Attributes
+    ----------
+    label : str
+        Of the object.
+    size : int
+        Its bytes.
+    identity : str
+        The same for what is the same collection; empty if that cannot be told.
+    what : str
+        The collection in a few words.
+    """
+
+    label: str
+    size: int
+    identity: str
+    what: str
 
 
 @dataclass(slots=True)
@@ -63,7 +91,13 @@ class KeptRun:
     tasks : int
         Of the last computation.
     results : list of str
-        Labels of the objects that are results of its computations.
+        Labels of the objects that are results of its computations, or blocks of what is saved.
+    kind : {"computed", "saved"}
+    saved : Saved, optional
+        What can be loaded: a collection of which all is there.
+    renamed : dict
+        Fingerprint to label, where they differ: of results that take the place of others which
+        stay until all is complete.
     """
 
     name: str
@@ -76,6 +110,9 @@ class KeptRun:
     status: Status = "new"
     tasks: int = 0
     results: list[str] = field(default_factory=list)
+    kind: Kind = "computed"
+    saved: Saved | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def new(cls, name: str, place: Place, function: str) -> KeptRun:
@@ -95,9 +132,11 @@ class KeptRun:
         """Inverse of :meth:`to_json`."""
         if record.get("format") != FORMAT:
             raise ValueError(f"format {record.get('format')}")
-        known = {each.name: record[each.name] for each in fields(cls)}
+        known = {each.name: record[each.name] for each in fields(cls) if each.name in record}
         known["secret"] = base64.b64decode(record["secret"])
         known["place"] = Place(**record["place"])
+        if known.get("saved") is not None:
+            known["saved"] = Saved(**known["saved"])
         return cls(**known)
 
 
@@ -158,6 +197,22 @@ def names() -> list[str]:
     """Return the names of all records, sorted."""
     found = (path.stem for path in runs_directory().glob("*.json"))
     return sorted(name for name in found if NAME.fullmatch(name))
+
+
+def of_run(run: str) -> KeptRun | None:
+    """Return the record that has a run id, or None: the objects' names tell the id only."""
+    for record in records():
+        if record.run == run:
+            return record
+    return None
+
+
+def records() -> Iterator[KeptRun]:
+    """Yield all records that can be read."""
+    for name in names():
+        with suppress(ConfigurationError):
+            if (record := read(name)) is not None:
+                yield record
 
 
 def write(record: KeptRun) -> None:

@@ -1,7 +1,7 @@
 """The objects of runs in the bucket: what stays, and the deletion of all else.
 
-May import: run, kept_folder, encode, plan, graph, errors, the ground.  To be used in the engine's
-thread.
+May import: run, kept_folder, kept_runs, encode, plan, graph, errors, the ground.  To be used in the
+engine's thread.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
-from dask_lambda import errors
+from dask_lambda import errors, kept_runs
 from dask_lambda.encode import all_of
 from dask_lambda.graph import short
 from dask_lambda.kept_folder import Folder, is_data, leftovers
+from dask_lambda.kept_runs import Place
 from dask_lambda.plan import Group
 from dask_lambda.run import Run
 from lambda_worker import protocol
@@ -81,6 +82,8 @@ class Objects:
     ----------
     store : Store
         For what is not a run's own any more.
+    place : Place
+        Where that is.
     spawn : callable
         Starts a coroutine in the background.
     load : callable
@@ -92,11 +95,13 @@ class Objects:
     def __init__(
         self,
         store: Store,
+        place: Place,
         spawn: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
         load: Callable[[Reference], Any],
         refresh: Callable[[], None],
     ):
         self.store = store
+        self._place = place
         self._spawn = spawn
         self._load = load
         self._refresh = refresh
@@ -253,19 +258,26 @@ class Objects:
     def secret_of(self, reference: Reference) -> bytes:
         """Return the secret under which a stored result was sealed.
 
+        Of a run with a name the record tells it: a collection that was loaded may be used with
+        any scheduler for the same bucket, and in another process of the same user.
+
         Raises
         ------
         LostDataError
             If it is not known here.
         """
-        try:
-            return self._kept[protocol.run_of(reference.name)][0]
-        except KeyError:
-            raise errors.LostDataError(
-                f"the persisted result {reference.name!r} does not exist any more, or belongs "
-                "to another scheduler; compute with the scheduler that persisted it, or persist "
-                "again"
-            ) from None
+        run = protocol.run_of(reference.name)
+        if run not in self._kept:
+            record = kept_runs.of_run(run)
+            if record is None or record.place != self._place:
+                where = "" if record is None else f"which is in {record.place}, "
+                raise errors.LostDataError(
+                    f"the persisted result {reference.name!r} does not exist any more, or belongs "
+                    f"to another scheduler; compute with the scheduler that persisted it, {where}"
+                    "or persist again"
+                )
+            self.adopt(run, record.secret)
+        return self._kept[run][0]
 
     def forget(self, name: str) -> None:
         """Delete a stored result that nobody refers to any more."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 from dask_lambda import kept_runs
@@ -26,7 +27,7 @@ from dask_lambda.kept_runs import KeptRun, Place
 from dask_lambda.plan import Plan
 from dask_lambda.reuse import Reuse, reuse
 from lambda_worker import protocol
-from lambda_worker.protocol import Reference
+from lambda_worker.protocol import Key, Reference
 
 logger = logging.getLogger("dask_lambda")
 
@@ -43,6 +44,12 @@ class Bucket(Protocol):
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects."""
+
+    def load(self, reference: Reference) -> Any:
+        """Load a stored value."""
+
+    def write(self, name: str, data: bytes | bytearray) -> None:
+        """Write an object."""
 
 
 class Resumption:
@@ -67,8 +74,11 @@ class Resumption:
     Raises
     ------
     ConfigurationError
-        On entering: if another process uses the name, or its objects are in another place.
+        On entering: if another process uses the name, its objects are in another place, or it is
+        a saved collection's.
     """
+
+    kind: kept_runs.Kind = "computed"
 
     def __init__(
         self,
@@ -94,6 +104,7 @@ class Resumption:
         self._keep, self._ended, self._lasting = keep, ended, lasting
         self._stack = ExitStack()
         self._drops = 0
+        self._before: KeptRun | None = None
         self._inventory = Inventory()
         self._marks = Fingerprints()
         self._reuse: Reuse | None = None
@@ -110,30 +121,36 @@ class Resumption:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.record.used = time.time()
         if kind is not None:
             self.record.status = "failed"
             if not isinstance(error, ConfigurationError | LocalAWSError):
                 with suppress(Exception):  # it may forbid attributes
                     error.add_note(
-                        f"What was done is kept under the name {self.name!r}: compute again with "
-                        f"resume={self.name!r} to go on"
+                        f"What was done is kept under the name {self.name!r}: {self.again} to go on"
                         + ("" if self._lasting else ", in this program")
                     )
+            elif self._before is not None:  # nothing was done
+                self.record = self._before
         if self._folder is not None:  # what of the run still goes on has no say in the next one
             self._folder.open = False
-        self.record.used = time.time()
         try:
             kept_runs.write(self.record)
         finally:
             self._stack.close()
+
+    @property
+    def again(self) -> str:
+        """How to go on, for people."""
+        return f"compute again with resume={self.name!r}"
 
     def _record(self) -> KeptRun:
         found = kept_runs.read(self.name)
         if found is not None and found.place != self._place:
             if not self._ended(found.place):
                 raise ConfigurationError(
-                    f"the objects of the kept run {self.name!r} are in {_said(found.place)}, not "
-                    f"in {_said(self._place)}, which is configured now: choose another name, or "
+                    f"the objects of the kept run {self.name!r} are in {found.place}, not "
+                    f"in {self._place}, which is configured now: choose another name, or "
                     f"delete the run (dask-lambda runs delete {self.name}, with its own settings)"
                 )
             logger.warning(
@@ -142,8 +159,12 @@ class Resumption:
                 self.name,
             )
             found = None
+        if found is not None:
+            self._check_kind(found)
+            self._before = replace(found)
         if found is None:
             found = KeptRun.new(self.name, self._place, self._function)
+            found.kind = self.kind
             if not self._lasting:
                 logger.warning(
                     "the kept run %r ends with this program, as the embedded AWS does that it "
@@ -153,7 +174,19 @@ class Resumption:
         found.status, found.function, found.used = "running", self._function, time.time()
         return found
 
+    def _check_kind(self, found: KeptRun) -> None:
+        """Refuse a name that is used for something else."""
+        if found.kind == "saved":
+            raise ConfigurationError(
+                f"{self.name!r} is the name of a saved collection, which a computation under the "
+                "same name would change: choose another name, or delete the collection "
+                f"(dask-lambda runs delete {self.name})"
+            )
+
     # -- one attempt after the other -------------------------------------------------------------
+
+    def prepare(self, graph: Graph) -> None:
+        """Change a graph, in place, so that what has to stay is made by tasks: nothing to do."""
 
     def identify(self, graph: Graph, cut: Graph, *, references: bool) -> None:
         """Compute the fingerprints of a graph.
@@ -201,12 +234,16 @@ class Resumption:
         self._inventory = found = self._bucket.survey(self.record)
         there = found.results
         if anew or self._drops > MAX_DROPS:
-            self._delete(there.values())
+            self._give_up(there)
             there = {}
         left = reuse(self._graph, self._marks.of, there)
-        self._delete(there[label] for label in left.stale)
+        self._give_up({label: there[label] for label in left.stale})
         self._reuse = left
         return left
+
+    def _give_up(self, results: Mapping[str, Reference]) -> None:
+        """Make room for results that take the place of these."""
+        self._delete(results.values())
 
     def folder(self, plan: Plan) -> Folder:
         """Return where the objects of the run go."""
@@ -214,6 +251,7 @@ class Resumption:
         wanted = {labels[key] for key in plan.fetch if key in labels and key in self._graph.tasks}
         self._folder = Folder(
             self.record,
+            again=self.again,
             keep=self._keep,
             labels=labels,
             results={*self.record.results, *wanted},
@@ -239,8 +277,14 @@ class Resumption:
         self._delete(damaged)
         return True
 
-    def succeed(self) -> None:
-        """Take note of the results."""
+    def succeed(self, values: Mapping[Key, Any]) -> None:
+        """Take note of the results.
+
+        Parameters
+        ----------
+        values : dict
+            By resolved key; references, if that was asked for.
+        """
         assert self._folder is not None
         self.record.results = sorted(self._folder.results)
         self.record.status = "done"
@@ -249,8 +293,3 @@ class Resumption:
         names = sorted({n for each in references for n in protocol.objects_of(each.name)})
         if names:
             self._bucket.delete(names)
-
-
-def _said(place: Place) -> str:
-    where = place.endpoint_url or place.region or "the default region"
-    return f"bucket {place.bucket!r} (prefix {place.prefix!r}, {where})"

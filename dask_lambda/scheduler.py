@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import dask.config
-from dask._task_spec import DataNode, Task
+from dask._task_spec import DataNode
 from dask.base import collections_to_expr, persist
 from dask.callbacks import local_callbacks
 from dask.local import nested_get
@@ -34,7 +34,7 @@ from dask_lambda.errors import ConfigurationError, IntegrityError, LostDataError
 from dask_lambda.estimates import Estimates, estimate, guess
 from dask_lambda.graph import Graph, short
 from dask_lambda.history import History
-from dask_lambda.kept_runs import Place
+from dask_lambda.kept_runs import KeptRun, Place
 from dask_lambda.loop_thread import claim_process
 from dask_lambda.plan import Group, Plan, cut_graph, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
@@ -42,7 +42,8 @@ from dask_lambda.resume import Resumption
 from dask_lambda.reuse import all_kept, apart
 from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
 from dask_lambda.session import Session
-from lambda_worker.protocol import Key, Reference, load_reference
+from dask_lambda.stored import stored_block, tell_whose
+from lambda_worker.protocol import Key, Reference
 from lambda_worker.store import Counts
 
 #: Settings that may be given for one computation: ``x.compute(scheduler=lambda_get, retries=3)``.
@@ -188,6 +189,48 @@ class LambdaScheduler:
             )
         )
 
+    def persist_under(
+        self, dsk: Any, keys: Any, resumption: Callable[..., Resumption], **kwargs: Any
+    ) -> None:
+        """Compute keys of a graph and leave their values in S3, under a name.
+
+        For :mod:`dask_lambda.saved`.
+
+        Parameters
+        ----------
+        dsk, keys, **kwargs
+            As for :meth:`get`.
+        resumption : callable
+            Called as :class:`~dask_lambda.resume.Resumption`: it decides under which name, and
+            what becomes of the references.
+        """
+        self._compute(dsk, keys, kwargs, persist=True, resumption=resumption)
+
+    def open_kept(self, record: KeptRun) -> Engine:
+        """Connect to where the objects of a kept run are, so that they can be loaded.
+
+        Raises
+        ------
+        ConfigurationError
+            If other settings are needed for that.
+        LostDataError
+            If they were in an embedded AWS that has ended.
+        """
+        settings = self._settings({})
+        engine = self._engine(settings)
+        if record.place != engine.place:
+            if settings.is_local and _has_ended(record.place):
+                raise LostDataError(
+                    f"nothing is left of {record.name!r}: the embedded AWS that had its objects "
+                    "has ended ('dask-lambda local start' keeps one running)"
+                )
+            raise ConfigurationError(
+                f"the objects of {record.name!r} are in {record.place}, not in {engine.place}, "
+                "which is configured now: use a LambdaScheduler, or settings, for that bucket"
+            )
+        engine.adopt(record)
+        return engine
+
     def explain(self, *collections: Any, optimize_graph: bool = True) -> Plan:
         """Plan a computation without running it.
 
@@ -238,7 +281,15 @@ class LambdaScheduler:
 
     # -- one run ---------------------------------------------------------------------------------
 
-    def _compute(self, dsk: Any, keys: Any, kwargs: dict[str, Any], *, persist: bool) -> Any:
+    def _compute(
+        self,
+        dsk: Any,
+        keys: Any,
+        kwargs: dict[str, Any],
+        *,
+        persist: bool,
+        resumption: Callable[..., Resumption] | None = None,
+    ) -> Any:
         started = time.perf_counter()
         own_callbacks = kwargs.pop("callbacks", None)
         settings = self._settings(kwargs)
@@ -254,10 +305,17 @@ class LambdaScheduler:
                 if callbacks:
                     callbacks.begin(graph)
                 annotations = Annotations(dsk)
-                named = settings.resume is not None or settings.keep
-                run = self._run_named if named else self._run
-                values = run(graph, settings, annotations, callbacks, started, persist)
+                if resumption is None and (settings.resume is not None or settings.keep):
+                    resumption = Resumption
+                arguments = (graph, settings, annotations, callbacks, started, persist)
+                if resumption is None:
+                    values = self._run(*arguments)
+                else:
+                    values = self._run_named(*arguments, resumption)
                 failed = False
+            except (LostDataError, IntegrityError) as error:
+                tell_whose(error)
+                raise
             finally:
                 callbacks.finish(failed)
         results = {key: values[graph.resolve(key)] for key in graph.outputs}
@@ -290,23 +348,24 @@ class LambdaScheduler:
         callbacks: Callbacks,
         started: float,
         persist: bool,
+        make: Callable[..., Resumption],
     ) -> dict[Key, Any]:
         """Run what earlier computations of the same name have not done yet."""
         engine = self._engine(settings)
         if callbacks.wants_values:
             settings = replace(settings, plan="none")
-        backend = engine.backend
-        resumption = Resumption(
+        resumption = make(
             settings.resume,
-            Place(backend.bucket_name, backend.prefix, backend.region, backend.endpoint_url),
-            backend.function,
+            engine.place,
+            engine.backend.function,
             engine,
             keep=settings.keep,
             ended=_has_ended if settings.is_local else _never_ends,
-            lasting=backend.lasting,
+            lasting=engine.backend.lasting,
         )
-        planner = _Planner.of(graph, replace(settings, inline_bytes=0), annotations, engine)
         with resumption:
+            resumption.prepare(graph)
+            planner = _Planner.of(graph, replace(settings, inline_bytes=0), annotations, engine)
             resumption.identify(graph, planner.cut(finalise=not persist), references=persist)
             while True:
                 # Who wants to see the values of tasks would miss those of tasks that do not run.
@@ -331,7 +390,7 @@ class LambdaScheduler:
                     if not resumption.drop(error):
                         raise
                 else:
-                    resumption.succeed()
+                    resumption.succeed(values)
                     return values
 
     def _run(
@@ -576,27 +635,10 @@ def _reference(engine: Engine, run: Run, key: Key) -> Reference:
 def _node(key: Key, value: Any) -> Any:
     """Return what stands for a result in the graph of a persisted collection."""
     if isinstance(value, Reference):
-        return StoredBlock(key, load_reference, value)
+        return stored_block(key, value)
     if isinstance(value, str | bytes | int | float | list | tuple | set | frozenset | dict):
         return DataNode(key, value)  # which Dask might take for a key or a task
     return value
-
-
-class StoredBlock(Task):
-    """A block of a persisted collection: a task that loads it.
-
-    It has the ``result`` method of a future, which is how Dask itself looks at blocks that are
-    elsewhere.  It travels as a plain task.
-    """
-
-    __slots__ = ()
-
-    def result(self) -> Any:
-        """Load the block."""
-        return self({})
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Task, (self.key, self.func, *self.args)
 
 
 def _rebuild(overrides: dict[str, Any]) -> LambdaScheduler:

@@ -17,8 +17,9 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "__init__", "cleaning", "scheduler", "session", "resume", "annotations"),
-    *("dispatch", "sending", "objects", "run", "kept_folder", "kept_runs", "lifecycle"),
+    *("__main__", "cli", "__init__", "cleaning", "saved", "scheduler", "session", "resume"),
+    *("annotations", "dispatch", "sending", "objects", "run", "description", "stored"),
+    *("kept_folder", "kept_runs", "lifecycle"),
     *("simulate", "bounds", "timeline", "aws_model"),
     *(
         "invoke",
