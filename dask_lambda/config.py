@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib import resources
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Literal
 
 import dask.config
@@ -51,6 +52,7 @@ class Settings:
     max_seconds: float | None
     larger_functions: dict[int, str]
     default_task_seconds: dict[str, float]
+    modules: dict[str, list[str]]
     resume: str | None
     keep: bool
 
@@ -71,6 +73,7 @@ class Settings:
         for name in NONE_IS_A_WORD:
             values[name] = "none" if values[name] is None else values[name]
         values["larger_functions"] = _by_size(values["larger_functions"])
+        values["modules"] = _lists(values["modules"])
         settings = cls(**values)
         settings._validate()
         return settings
@@ -125,6 +128,19 @@ class Settings:
             "a mapping of key prefixes to seconds",
             lambda v: isinstance(v, dict) and all(_seconds(each) for each in v.values()),
         )
+        _check(
+            "modules",
+            self.modules,
+            "a mapping of 'include' and 'exclude' to lists of names",
+            lambda v: (
+                isinstance(v, dict)
+                and v.keys() == {"include", "exclude"}
+                and all(isinstance(names, list) for names in v.values())
+                and all(_is_name(name) for names in v.values() for name in names)
+            ),
+        )
+        for name in self.modules["include"]:
+            _check("modules.include", name, "the name of a module", _is_dotted)
         _check("resume", self.resume, "a name, or null", lambda v: v is None or _is_name(v))
         _check("keep", self.keep, "true or false", lambda v: isinstance(v, bool))
         if self.backend == "aws" and not (self.function and self.bucket):
@@ -177,6 +193,25 @@ def _by_size(functions: Any) -> Any:
     }
 
 
+def _lists(modules: Any) -> Any:
+    """Complete what travels: one name is as good as a list of it, and none is none."""
+    if not isinstance(modules, dict | None):
+        return modules
+    given = {"include": None, "exclude": None, **(modules or {})}
+    return {
+        key: [names]
+        if isinstance(names, str)
+        else list(names or ())
+        if isinstance(names, list | tuple | set | None)
+        else names
+        for key, names in given.items()
+    }
+
+
+def _is_dotted(value: Any) -> bool:
+    return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
@@ -199,3 +234,59 @@ def _check(name: str, value: Any, expected: str, good: Any) -> None:
         raise ConfigurationError(
             f"dask-lambda.{name.replace('_', '-')} is {value!r}; it must be {expected}"
         )
+
+
+class Modules:
+    """Which of the user's own modules travel with the tasks: ``dask_lambda.config.modules``.
+
+    Modules and packages that are not installed travel by themselves, as far as tasks mention them
+    before they run.  What is set here is ``dask-lambda.modules`` in Dask's configuration, for all
+    later computations; of two words about one name the later counts.
+    """
+
+    def include(self, *modules: str | ModuleType) -> None:
+        """Have modules travel in any case, such as those that tasks import by a computed name.
+
+        Parameters
+        ----------
+        *modules : str or module
+            ``"package"``; a package travels as a whole, also if a module in it is named.
+
+        Raises
+        ------
+        ConfigurationError
+            If it is no name.  That it is local is checked at the next computation.
+        """
+        self._move(modules, to="include", other="exclude")
+
+    def exclude(self, *modules: str | ModuleType) -> None:
+        """Keep modules from travelling: what is on the worker already, or needed by no task.
+
+        Parameters
+        ----------
+        *modules : str or module
+            ``"package"``, ``"package.module"``, or a pattern of files, ``"package/data/*"``.
+
+        Raises
+        ------
+        ConfigurationError
+            If it is no name.
+        """
+        self._move(modules, to="exclude", other="include")
+
+    def _move(self, modules: Iterable[str | ModuleType], *, to: str, other: str) -> None:
+        names = [each.__name__ if isinstance(each, ModuleType) else each for each in modules]
+        settings = _lists(dask.config.get("dask-lambda.modules", None))
+        for name in names:
+            good = _is_dotted if to == "include" else _is_name
+            _check(f"modules.{to}", name, "the name of a module", good)
+        settings[other] = [name for name in settings[other] if name not in names]
+        settings[to] = [*settings[to], *(name for name in names if name not in settings[to])]
+        dask.config.set({"dask-lambda.modules": settings})
+
+    def __repr__(self) -> str:
+        settings = _lists(dask.config.get("dask-lambda.modules", None))
+        return f"<modules that travel with tasks: {settings}>"
+
+
+modules = Modules()

@@ -1,6 +1,6 @@
 """Hashes of objects by what they are, the same in every session.  Pure, but for files it hashes.
 
-May import: the ground, dask's task specification.
+May import: libraries, the ground, dask's task specification.
 
 ``dask.tokenize`` is not enough here.  It takes a function that can be imported by its name, whose
 source may have changed since; one that can not, by what cloudpickle makes of it, which holds file
@@ -13,30 +13,24 @@ other objects are taken by what they would be pickled from.
 from __future__ import annotations
 
 import copyreg
-import dis
 import hashlib
 import importlib.util
 import marshal
 import pickle
-import site
 import sys
-import sysconfig
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
-from importlib import metadata
 from typing import Any
 
 from dask._task_spec import Alias, DataNode, GraphNode, NestedContainer, Task, _execute_subgraph
 from dask._task_spec import TaskRef as _TaskRef
 
+from dask_lambda.libraries import absolute, distributions_of, is_library, mentioned, of_library
 from lambda_worker.protocol import Key, Reference
 
 #: Bytes of a fingerprint: no two differing tasks will ever have the same by chance.
 DIGEST_BYTES = 16
-#: Our own packages change with their version, wherever they are installed.
-OWN = frozenset({"dask_lambda", "lambda_worker"})
 #: Dask's readers of files by path: their keys tell of the state of the file.
 _READERS = ("dask.dataframe.io", "dask.dataframe.dask_expr.io")
 #: Of a class, what says nothing about what it does.
@@ -246,16 +240,16 @@ class Hasher:
                 parts.append(b"empty")
         if function.__dict__:
             parts.append(self.walk({k: function.__dict__[k] for k in sorted(function.__dict__)}))
-        mentioned = _mentioned(code)
-        for name in mentioned.names:
+        named = mentioned(code)
+        for name in named.names:
             if name in function.__globals__:
                 value = function.__globals__[name]
                 parts.append(name.encode())
                 if isinstance(value, types.ModuleType):
-                    parts.append(self._module(value, mentioned.attributes))
+                    parts.append(self._module(value, named.attributes))
                 else:
                     parts.append(self.walk(value))
-        parts += [_source(name, function.__globals__) for name in mentioned.imports]
+        parts += [_source(name, function.__globals__) for name in named.imports]
         return self.pack(*parts)
 
     def _code(self, code: types.CodeType) -> bytes:
@@ -272,7 +266,7 @@ class Hasher:
     def _module(self, module: types.ModuleType, attributes: Iterable[str] | None = None) -> bytes:
         """Hash a module: a user's own by those of its contents that are named."""
         name = module.__name__
-        if _is_library(name):
+        if is_library(name):
             return b"module " + _with_version(name)
         if attributes is None:
             return _source(name, {})
@@ -367,7 +361,7 @@ class Hasher:
     def _by_name(self, thing: Any, name: str) -> bytes:
         module: str = pickle.whichmodule(thing, name)  # type: ignore[attr-defined]
         parts = [b"name", f"{module}:{name}".encode()]
-        if _is_library(module):
+        if is_library(module):
             parts.append(_with_version(module))
         else:
             parts.append(type(thing).__name__.encode())
@@ -435,31 +429,6 @@ _HANDLERS: dict[type, Callable[[Hasher, Any], bytes]] = {
 _PYTHON = repr(sys.version_info[:2]).encode()
 
 
-def _site_packages() -> tuple[str, ...]:
-    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    paths.update(getattr(site, "getsitepackages", list)())
-    return tuple(path.rstrip("/\\") + "/" for path in paths if path)
-
-
-_LIBRARIES = (*_site_packages(), site.getusersitepackages() + "/")
-
-
-def _is_library(module: str) -> bool:
-    """Whether a module changes with a version number only."""
-    if module == "__main__":
-        return False
-    top = module.partition(".")[0]
-    if top in sys.stdlib_module_names or top in OWN:
-        return True
-    loaded = sys.modules.get(top)
-    path = getattr(loaded, "__file__", None) or next(iter(getattr(loaded, "__path__", ())), None)
-    return path is not None and _of_library(path)
-
-
-def _of_library(path: str) -> bool:
-    return path.startswith(_LIBRARIES) or "/site-packages/" in path
-
-
 def _with_version(module: str) -> bytes:
     return f"{module} {_version(module.partition('.')[0])}".encode()
 
@@ -469,24 +438,19 @@ def _version(top: str) -> str:
     """Return the version of a library, by the name of its package, imported or not."""
     if top in sys.stdlib_module_names:
         return str(sys.version_info[:2])
-    try:
-        return metadata.version(top)
-    except metadata.PackageNotFoundError:  # distributed under another name
-        names = sorted(set(_distributions().get(top, ())))
-    if names:
-        return " ".join(f"{name} {metadata.version(name)}" for name in names)
-    return str(getattr(sys.modules.get(top), "__version__", ""))
-
-
-@lru_cache(1)
-def _distributions() -> Mapping[str, Sequence[str]]:
-    return metadata.packages_distributions()
+    match distributions_of(top):
+        case [(name, version)] if name == top:
+            return version
+        case []:
+            return str(getattr(sys.modules.get(top), "__version__", ""))
+        case several:
+            return " ".join(f"{name} {version}" for name, version in several)
 
 
 def _library_name(thing: Any) -> bytes | None:
     """Return the name of a library's function or class; None for what cannot be imported by it."""
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", "")
-    if not isinstance(module, str) or not _is_library(module):
+    if not isinstance(module, str) or not is_library(module):
         return None
     found: Any = sys.modules.get(module)
     for step in name.split("."):
@@ -511,39 +475,12 @@ def _module_of(function: Any) -> str:
     return module if isinstance(module, str) else ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Mentioned:
-    """What code names, with all code inside it, sorted."""
-
-    names: tuple[str, ...]  #: globals
-    attributes: tuple[str, ...]
-    imports: tuple[str, ...]
-
-
-@lru_cache(4096)
-def _mentioned(code: types.CodeType) -> _Mentioned:
-    names, attributes, imports = set[str](), set[str](), set[str]()
-    for each in _with_inner(code):
-        for step in dis.get_instructions(each):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
-                names.add(step.argval)
-            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
-                attributes.add(step.argval)
-            elif step.opname == "IMPORT_NAME":
-                imports.add(step.argval)
-    return _Mentioned(tuple(sorted(names)), tuple(sorted(attributes)), tuple(sorted(imports)))
-
-
-def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _with_inner(constant)
-
-
-def _source(module: str, namespace: dict[str, Any]) -> bytes:
+def _source(name: str, namespace: Mapping[str, Any]) -> bytes:
     """Return what stands for a module as a whole: a user's own by its file."""
-    if not module or _is_library(module):
+    module = absolute(name, namespace)
+    if not module:
+        return b"module " + name.encode()
+    if is_library(module):
         return b"module " + _with_version(module)
     path = getattr(sys.modules.get(module), "__file__", None)
     if path is None:
@@ -554,7 +491,7 @@ def _source(module: str, namespace: dict[str, Any]) -> bytes:
         path = spec.origin if spec is not None else None
     if path is None or path in ("built-in", "frozen"):
         return b"module " + module.encode()
-    if _of_library(path):
+    if of_library(path):
         return b"module " + _with_version(module)
     with open(path, "rb") as file:
         return b"file " + _digest(file.read())

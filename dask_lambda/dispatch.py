@@ -1,7 +1,7 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
 May import: loop_thread, sending, objects, stored, run, kept_folder, kept_runs, reuse, state, plan,
-graph, encode, failures, the ground.
+graph, encode, local_modules, failures, the ground.
 
 An :class:`Engine` is one loop in one background thread (:mod:`dask_lambda.loop_thread`).  All runs
 of a scheduler share it, with its connection pool and its window.  The state machine and everything
@@ -18,7 +18,7 @@ import os
 import secrets as tokens
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -53,6 +53,7 @@ from dask_lambda.events import (
 from dask_lambda.graph import Graph, short
 from dask_lambda.kept_folder import Folder, Inventory, survey, write_manifest
 from dask_lambda.kept_runs import KeptRun, Place
+from dask_lambda.local_modules import LocalModules
 from dask_lambda.loop_thread import CLOSED, LoopThread, claim_process
 from dask_lambda.objects import Objects
 from dask_lambda.plan import Group, Plan
@@ -125,6 +126,7 @@ class Engine(LoopThread):
         self.state = State(backend.window, seed=tokens.randbits(32), rungs=len(backend.invokers))
         self.prices = Prices()
         self._runs: dict[str, Run] = {}
+        self._modules: set[str] = set()  # local ones that runs have needed
         self._fetching = asyncio.Semaphore(FETCHES)
         self._store = Store(backend.bucket)
         self._sender = Sender(backend, self.prices)
@@ -158,6 +160,7 @@ class Engine(LoopThread):
         max_seconds: float | None = None,
         memory_mb: int = MAX_MEMORY,
         folder: Folder | None = None,
+        modules: Mapping[str, Sequence[str]] | None = None,
     ) -> Run:
         """Start a run.
 
@@ -186,6 +189,16 @@ class Engine(LoopThread):
         folder : Folder, optional
             Where the run's objects are, if they outlive it.  Then all results go there, and
             ``inline_bytes`` is for the graph's own data.
+        modules : dict, optional
+            What of the user's own modules travels with the tasks: names and patterns for
+            ``"include"`` and ``"exclude"`` (:class:`~dask_lambda.local_modules.LocalModules`).
+
+        Raises
+        ------
+        ConfigurationError
+            If a module to include is not local.
+        InvocationError
+            If the engine is closed.
         """
         readers = Counter(key for group in plan.groups for key in group.inputs)
         objects: dict[str, Any] = {}
@@ -201,7 +214,7 @@ class Engine(LoopThread):
             }
             inline_bytes = 0
         run = Run(
-            **self._equipment(plan, compression, **objects),
+            **self._equipment(plan, compression, modules, **objects),
             inline_bytes=inline_bytes,
             keep_results=keep_results,
             watch=watch,
@@ -229,6 +242,7 @@ class Engine(LoopThread):
         max_cost_usd: float | None = None,
         max_seconds: float | None = None,
         memory_mb: int = MAX_MEMORY,
+        modules: Mapping[str, Sequence[str]] | None = None,
         **fields: Any,
     ) -> R:
         """Start a run to which tasks are added while it goes on, each with an end of its own.
@@ -239,11 +253,13 @@ class Engine(LoopThread):
             Of the run, whose further ``fields`` are given.
         inline_bytes, compression, speculate, patience, max_cost_usd, max_seconds, memory_mb
             As for :meth:`start`.
+        modules : dict, optional
+            The same.
         """
         graph = Graph({}, {}, {}, {}, frozenset(), {})
         plan = Plan((), frozenset(), (), frozenset(), graph)
         run = kind(
-            **self._equipment(plan, compression, forgetful=True),
+            **self._equipment(plan, compression, modules, forgetful=True),
             inline_bytes=inline_bytes,
             keep_results=False,
             watch=True,
@@ -260,7 +276,11 @@ class Engine(LoopThread):
         return run
 
     def _equipment(
-        self, plan: Plan, compression: protocol.Compression, **objects: Any
+        self,
+        plan: Plan,
+        compression: protocol.Compression,
+        modules: Mapping[str, Sequence[str]] | None,
+        **objects: Any,
     ) -> dict[str, Any]:
         """Return what every run needs: its name and secret, a store, an encoder."""
         name, secret = tokens.token_hex(16), objects.pop("secret", None) or tokens.token_bytes(32)
@@ -272,6 +292,7 @@ class Engine(LoopThread):
             secret=secret,
             secret_of=self._objects.secret_of,
             compression=compression,
+            modules=LocalModules(**(modules or {}), remembered=self._modules),
             **{"prefix": self.backend.prefix, "run": name, **objects},
         )
         return {

@@ -1,11 +1,11 @@
 """From groups to the payload of an invocation.
 
-May import: pickling, lease, entangled, graph, plan, errors, the ground.
+May import: pickling, local_modules, lease, entangled, graph, plan, errors, the ground.
 
 Lambda takes 6 MB in one synchronous request, so everything is measured before it is sent.  What
 does not fit goes through S3, once: large buffers inside a task (chunks of ``from_array``) and
 large literals, content-addressed; inline inputs, when a task has too many; the body of a task,
-or the whole list of groups, when nothing else helps.
+or the whole list of groups, when nothing else helps.  The user's own modules go through S3 as well.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from dask_lambda.entangled import entangled
 from dask_lambda.errors import PayloadTooLargeError, UnserializableError
 from dask_lambda.graph import Graph, short
 from dask_lambda.lease import Lease
+from dask_lambda.local_modules import LocalModules
 from dask_lambda.pickling import FunctionCache
 from dask_lambda.plan import Group
 from lambda_worker import codec, protocol
-from lambda_worker.protocol import Body, GroupRequest, Key, Reference, Request, Value
+from lambda_worker.protocol import Body, GroupRequest, Key, Modules, Reference, Request, Value
 from lambda_worker.store import Store
 
 #: A buffer inside a task from this size on becomes an object of its own: below, sending it along
@@ -68,6 +69,8 @@ class Encoder:
         Literals up to this size travel in the request, if results do not.
     forgetful : bool
         Whether what tasks hold is to be forgotten with them (:meth:`forget`).
+    modules : LocalModules, optional
+        Which of the user's own modules travel with the tasks.
 
     Attributes
     ----------
@@ -75,6 +78,8 @@ class Encoder:
         Objects that the encoder has put into S3 and nobody has deleted.
     lease : Lease
         Of the run: each payload says whether it was written.
+    modules : LocalModules
+        That the tasks were seen to need so far.
     """
 
     def __init__(
@@ -93,11 +98,15 @@ class Encoder:
         present: Mapping[str, int] | None = None,
         inline_literals: int = 0,
         forgetful: bool = False,
+        modules: LocalModules | None = None,
     ):
         self.written: set[str] = set()
         self.label = label
         self.run = run
         self.lease = Lease(store, protocol.object_name(prefix, run, once("lease")), secret)
+        self.modules = LocalModules() if modules is None else modules
+        if graph.stored:
+            self.modules.recall()
         self._once_label = once
         self._present = present or {}
         self._inline_literals = inline_literals
@@ -108,12 +117,13 @@ class Encoder:
         self._bucket = bucket
         self._secret = secret
         self._compression = compression
-        self._functions = FunctionCache()
+        self._functions = FunctionCache(self.modules.note)
         self._entangled: dict[tuple[Key, ...], bool] = {}  # by the outputs of a group
         self._uploading = asyncio.Semaphore(UPLOADS)
         self._uploads: dict[str, asyncio.Task[int]] = {}
         self._spills: dict[str, asyncio.Task[tuple[str, int]]] = {}
         self._literals: dict[Key, asyncio.Task[Value]] = {}
+        self._archives: dict[frozenset[str], asyncio.Task[Modules]] = {}  # by what is needed
         self._frames: dict[tuple[int, int], tuple[Any, str]] = {}  # buffer -> itself, name
         self._forgetful = forgetful
         self._frames_named = 0
@@ -197,6 +207,8 @@ class Encoder:
             If a task or a literal cannot be pickled.
         PayloadTooLargeError
             If the payload exceeds Lambda's limit in spite of all.
+        LocalModulesError
+            If the user's own modules cannot travel.
         StoreError
             If an upload fails.
         """
@@ -215,6 +227,7 @@ class Encoder:
             self._compression,
             self.lease.name,
             self.lease.there,
+            await self._modules(),
         )
         payload = _json(request.to_json())
         if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs
@@ -247,6 +260,22 @@ class Encoder:
         sealed = bytearray(value.data)
         codec.sign(sealed, self._secret, name)
         return name, await self._upload(name, lambda: sealed)
+
+    async def _modules(self) -> Modules | None:
+        """Upload the user's own modules that were seen to be needed so far: once."""
+        roots = self.modules.roots
+        if not roots:
+            return None
+        return await _once(self._archives, roots, lambda: self._archive(roots))
+
+    async def _archive(self, roots: frozenset[str]) -> Modules:
+        archive = await asyncio.to_thread(self.modules.archive, roots)
+        # A later session has other modules, or reads them anew.
+        name = self.object_name(self._once_label("modules-" + archive.digest))
+        frames = [memoryview(archive.data)]
+        size = len(archive.data)
+        size = await self._upload(name, lambda: codec.seal(frames, self._secret, name), size)
+        return Modules(archive.digest, Value(name, size))
 
     # -- one group -------------------------------------------------------------------------------
 
@@ -295,6 +324,8 @@ class Encoder:
                 f"({type(error).__name__}: {error}). Does its function or one of its arguments "
                 "hold a lock, an open file, a connection or a generator? Make it inside the task."
             ) from error
+        if references:
+            self.modules.recall()
         for reference in references:
             secrets[protocol.run_of(reference.name)] = self.secret_of(reference)
         uploads = []
@@ -330,7 +361,7 @@ class Encoder:
     async def _literal(self, key: Key, literal: Any, inline_bytes: int) -> Value:
         name = self.object_name("literal-" + self.label(key))
         try:
-            frames = codec.serialize(literal)
+            frames = codec.serialize(literal, self._functions.dumps)
         except Exception as error:
             raise UnserializableError(
                 f"The data {short(key)} in the graph, a {type(literal).__name__}, cannot be "

@@ -26,6 +26,7 @@ __all__ = [
     "IntegrityError",
     "InvocationError",
     "LocalAWSError",
+    "LocalModulesError",
     "LostDataError",
     "MissingKeyError",
     "OutOfMemoryError",
@@ -88,6 +89,10 @@ class WorkerDiedError(InvocationError):
 
 class PayloadTooLargeError(InvocationError):
     """A request or a response exceeded Lambda's limit of 6 MB."""
+
+
+class LocalModulesError(InvocationError):
+    """The user's own modules cannot travel with the tasks: they are too large, or not readable."""
 
 
 class BudgetExceededError(InvocationError):

@@ -1,6 +1,7 @@
 """What went wrong: from AWS's and the worker's words to a decision and an exception.
 
-May import: state, graph, errors, the ground.  Pure: recorded answers in, :class:`Failure` out.
+May import: state, graph, libraries, errors, the ground.  Pure: recorded answers in,
+:class:`Failure` out.
 
 There are three sources.  Lambda's API refuses a request (:func:`from_response`); Lambda accepts
 it but loses the environment (:func:`from_function_error`); the worker runs and replies that a
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dask_lambda import errors
 from dask_lambda.events import Failure, FailureKind
+from dask_lambda.libraries import missing_module
 from lambda_worker import codec, protocol
 from lambda_worker.errors import RequestError, StoreError
 
@@ -334,7 +337,12 @@ def from_refusal(worker: dict[str, Any]) -> Failure:
     )
 
 
-def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
+def from_record(
+    record: dict[str, Any],
+    *,
+    leased: bool = True,
+    missing: Callable[[str], str] = missing_module,
+) -> Failure:
     """Classify the "error" of one group in a reply.
 
     Parameters
@@ -342,6 +350,8 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
     record : dict
     leased : bool
         Whether the run's lease was written in time: else a worker that misses it is right to stop.
+    missing : callable
+        What to do about a module that a worker could not import.
     """
     kind, message = record["kind"], record["message"]
     key = record.get("key", "")
@@ -350,11 +360,7 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
             value = record.get("exception")
             advice = _MORE_MEMORY if record.get("memory") else ""
             if "module" in record:
-                advice = (
-                    f"The package or module {record['module']!r} is not installed on the "
-                    "worker: add it to the function's environment, or define what the task "
-                    "needs in the notebook or script itself."
-                )
+                advice = missing(str(record["module"]))
             return Failure(
                 FailureKind.MEMORY if record.get("memory") else FailureKind.TASK,
                 Detail(
@@ -374,6 +380,17 @@ def from_record(record: dict[str, Any], *, leased: bool = True) -> Failure:
                     errors.FunctionTimeoutError,
                     f"was interrupted: {message}",
                     "Give it more time (timeout=; Lambda allows 900 seconds), or less to do.",
+                ),
+            )
+        case "disk":
+            return Failure(
+                FailureKind.TRANSIENT,
+                Detail(
+                    errors.InvocationError,
+                    f"a worker's disk is full: {message}",
+                    "What do tasks leave in the worker's temporary directory? Give the function "
+                    "more ephemeral storage, or have fewer modules travel "
+                    "(dask_lambda.config.modules.exclude).",
                 ),
             )
         case "unserializable":

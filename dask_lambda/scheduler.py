@@ -51,7 +51,7 @@ CALL_SETTINGS = frozenset(
     {
         *("retries", "inline_bytes", "compression", "plan", "default_task_seconds"),
         *("speculate", "patience", "max_cost_usd", "max_seconds"),
-        *("resume", "keep"),
+        *("resume", "keep", "modules"),
     }
 )
 
@@ -89,8 +89,8 @@ class LambdaScheduler:
         ``bucket``, ``prefix``, ``region``, ``endpoint_url``, ``concurrency``, ``inline_bytes``,
         ``compression``, ``plan``, ``memory``, ``timeout``, ``retries``, ``speculate``,
         ``patience``, ``max_cost_usd``, ``max_seconds``, ``larger_functions``,
-        ``default_task_seconds``, ``resume``, ``keep``.  They have precedence over Dask's
-        configuration, which is read anew at each run.
+        ``default_task_seconds``, ``modules``, ``resume``, ``keep``.  They have precedence over
+        Dask's configuration, which is read anew at each run.
 
     Raises
     ------
@@ -147,7 +147,8 @@ class LambdaScheduler:
             left there, also one that was killed, is not computed again.
         keep : bool, optional
             Whether intermediate results stay as well.
-        inline_bytes, compression, plan, speculate, patience, max_cost_usd, max_seconds : optional
+        inline_bytes, compression, plan, speculate, patience, max_cost_usd, max_seconds, modules : \
+optional
             The settings of these names, for this call.
         callbacks : optional
             Dask callbacks for this call.
@@ -438,6 +439,7 @@ class LambdaScheduler:
                 max_seconds=settings.max_seconds,
                 memory_mb=settings.memory,
                 folder=resumption.folder(plan) if resumption is not None else None,
+                modules=settings.modules,
             )
             run.counts.reused = reused
             failed = True

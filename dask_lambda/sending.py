@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import failures
@@ -86,6 +87,8 @@ class Sender:
         invoker = self._backend.invokers[instruction.rung]
         if len(groups) == 1 and (failure := self._too_large(run, groups[0], invoker.memory_mb)):
             return failure
+        modules = run.encoder.modules
+        known = len(modules.roots)
         payload = await run.encoder.payload(groups, run.values, inline_bytes)
         if run.over:  # cancelled or failed meanwhile: do not spend money
             return Failure(FailureKind.FATAL)
@@ -122,8 +125,12 @@ class Sender:
             run.uncertain.update(filter(run.encoder.owns, record.get("left", ())))
             if "error" in record:  # perhaps after one of its outputs was written
                 run.uncertain.update(map(run.object_name, group.outputs))
+                error = record["error"]
                 leased = run.encoder.lease.was_due(sent)
-                outcomes.append(failures.from_record(record["error"], leased=leased))
+                failure = failures.from_record(error, leased=leased, missing=modules.advice)
+                if error.get("loading") and modules.supply(error["module"], known):
+                    failure = replace(failure, kind=FailureKind.TRANSIENT)
+                outcomes.append(failure)
             else:
                 run.counts.compute_seconds += record["seconds"]
                 outcomes.append(Done(seconds, await self._result(run, group, record, content)))

@@ -1,6 +1,7 @@
 """A run that stays open: calls are added one by one, and each has an end of its own.
 
-May import: dispatch, run, plan, graph, report, cost, config, failures, events, errors, the ground.
+May import: dispatch, run, pickling, plan, graph, report, cost, config, failures, events, errors,
+the ground.
 
 A :class:`Session` is what the futures of an executor and the worker of a ``distributed`` cluster
 stand on.  Its calls go through the same state machine, payloads, workers and objects as the tasks
@@ -32,6 +33,7 @@ from dask_lambda.cost import Prices
 from dask_lambda.dispatch import Engine
 from dask_lambda.events import Failure, FailureKind, GroupsCancelled, KeysReleased, WindowChanged
 from dask_lambda.graph import short
+from dask_lambda.pickling import FunctionCache
 from dask_lambda.plan import Group, Priority
 from dask_lambda.report import CallReport, RunReport
 from dask_lambda.run import Result, Run, RunFailed, Sealed
@@ -233,6 +235,7 @@ class Session:
             max_cost_usd=settings.max_cost_usd,
             max_seconds=settings.max_seconds,
             memory_mb=settings.memory,
+            modules=settings.modules,
             session=self,
             events=_Inbox(self._hear),
         )
@@ -309,8 +312,8 @@ class Session:
         InvocationError
             If the session is closed.
         """
-        try:
-            frames = codec.serialize(value)
+        try:  # in this thread
+            frames = codec.serialize(value, FunctionCache(self._run.encoder.modules.note).dumps)
         except Exception as error:
             raise errors.UnserializableError(
                 f"the value {key!r}, a {type(value).__name__}, cannot be pickled, so that it "

@@ -29,6 +29,7 @@ from lambda_worker.execute import Cancelled, GroupRun, Output, TaskError
 from lambda_worker.lease import LeaseWatch
 from lambda_worker.limits import OutOfTime, TimeLimit
 from lambda_worker.memory import share_out
+from lambda_worker.modules import LocalModules
 from lambda_worker.prefetch import Prefetcher, Slot
 from lambda_worker.protocol import Body, GroupRequest, Key, Reference, Request, Value
 from lambda_worker.store import Store, open_bucket
@@ -42,13 +43,14 @@ UPLOAD_THREADS = 8
 MAX_EXCEPTION_BYTES = 200_000
 MAX_TEXT = 20_000
 MAX_TYPE = 200
-
+#: How messages begin of what failed before the task ran.
+UNPICKLING = "unpickling"
 
 Frames = Callable[[], list[memoryview]]
 
 
 class Environment:
-    """What outlives an invocation: connections, idle threads, the cache, the first call."""
+    """What outlives an invocation: connections, idle threads, cached inputs, modules."""
 
     def __init__(self) -> None:
         self.cold = True
@@ -57,6 +59,7 @@ class Environment:
         self.fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")  # starts threads when needed
         self.uploading = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
         self.looking = ThreadPoolExecutor(1, "lease")
+        self.modules = LocalModules()
         self._stores: dict[str, Store] = {}
 
     def store(self, bucket: str) -> Store:
@@ -156,7 +159,8 @@ class Invocation:
             text = codec.deserialize(self.fetch(groups))
             groups = [GroupRequest.from_json(g) for g in json.loads(bytes(text))]
         served = [Served(group) for group in groups]
-        self._prefetch(served)
+        self._prefetch(served)  # which unpickles nothing
+        self._use_modules()
         for each in served:
             limit = TimeLimit(each.group.timeout)
             try:
@@ -167,6 +171,18 @@ class Invocation:
             finally:
                 self._inputs.drop(slot for slot in each.slots if slot)
         return [each.record() for each in served]
+
+    def _use_modules(self) -> None:
+        """Have the user's own modules there that the tasks import."""
+        modules = self.request.modules
+        try:
+            if modules is None:
+                environment.modules.use(None, bytes)
+            else:
+                archive = modules.archive
+                environment.modules.use(modules.digest, lambda: self.fetch(archive)[0])
+        except OSError as error:
+            raise Failure("disk", f"unpacking the local modules: {_text(error)}") from error
 
     def close(self) -> None:
         """Wait for what still runs in the background; forget the secrets."""
@@ -290,7 +306,7 @@ class Invocation:
                 value = codec.deserialize(frames)
             except BaseException as error:
                 raise self._exception(
-                    group, reader, error, f"unpickling its input {name!r}: "
+                    group, reader, error, f"{UNPICKLING} its input {name!r}: "
                 ) from error
             if names[place]:
                 loaded[place] = value
@@ -323,7 +339,7 @@ class Invocation:
         try:
             return Body(*codec.deserialize(frames))
         except BaseException as error:
-            raise self._exception(group, None, error, "unpickling the task: ") from error
+            raise self._exception(group, None, error, f"{UNPICKLING} the task: ") from error
 
     def _commit(self, served: Served, key: Key, output: Output) -> Any:
         """Send a result back, or begin to upload it: then the value is in a future.
@@ -391,6 +407,7 @@ class Invocation:
             fields["memory"] = True
         if isinstance(error, ModuleNotFoundError) and error.name:
             fields["module"] = error.name
+            fields["loading"] = doing.startswith(UNPICKLING)
         name = protocol.error_name(group.outputs[0])
         try:
             error.__traceback__ = error.__cause__ = error.__context__ = None

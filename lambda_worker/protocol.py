@@ -27,7 +27,7 @@ import dask
 from lambda_worker.errors import RequestError
 
 #: Version of this format; client and worker must agree.
-PROTOCOL = 1
+PROTOCOL = 2
 
 #: AWS: synchronous Invoke, request and response payload (Lambda quotas, "Invocation payload").
 MAX_PAYLOAD_BYTES = 6_291_456
@@ -95,6 +95,45 @@ class Value:
                 None if data is None else base64.b64decode(data),
                 bool(record.get("shared", False)),
             )
+
+
+@dataclass(slots=True)
+class Modules:
+    """The user's own modules that tasks import (:mod:`lambda_worker.modules`).
+
+    Attributes
+    ----------
+    digest : str
+        Of the archive (:func:`archive_digest`): an environment that has it does not fetch it.
+    archive : Value
+        A sealed zip file, the names in which begin with those of top-level modules.
+    """
+
+    digest: str
+    archive: Value
+
+    def to_json(self) -> dict[str, Any]:
+        """Describe the modules in a request."""
+        return {"digest": self.digest, "archive": self.archive.to_json()}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Modules:
+        """Inverse of :meth:`to_json`.
+
+        Raises
+        ------
+        RequestError
+        """
+        with _understood("the modules"):
+            digest = record["digest"]
+            if type(digest) is not str:
+                raise ValueError("the digest")
+            return cls(digest, Value.from_json(record["archive"]))
+
+
+def archive_digest(data: Any) -> str:
+    """Return by what the archives of modules are told apart."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @dataclass(slots=True)
@@ -196,6 +235,7 @@ class Request:
     compression: Compression = "none"  #: of the outputs that go to S3
     lease: str = ""  #: name of the object whose end ends the run (:mod:`lambda_worker.lease`)
     leased: bool = False  #: whether it was written already
+    modules: Modules | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Build the event of the Invoke."""
@@ -209,6 +249,7 @@ class Request:
             "inline_bytes": self.inline_bytes,
             "compression": self.compression,
             "lease": [self.lease, self.leased],
+            **({"modules": self.modules.to_json()} if self.modules else {}),
             "groups": (
                 groups.to_json() if isinstance(groups, Value) else [g.to_json() for g in groups]
             ),
@@ -223,7 +264,7 @@ class Request:
         RequestError
         """
         with _understood("the request"):
-            groups = event["groups"]
+            groups, modules = event["groups"], event.get("modules")
             run, bucket, (lease, leased) = event["run"], event["bucket"], event["lease"]
             if not all(type(text) is str for text in (run, bucket, lease)):
                 raise ValueError("the names of run, bucket or lease")
@@ -237,6 +278,7 @@ class Request:
                 compression=event["compression"],
                 lease=lease,
                 leased=bool(leased),
+                modules=None if modules is None else Modules.from_json(modules),
                 groups=(
                     Value.from_json(groups)
                     if isinstance(groups, dict)

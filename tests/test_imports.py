@@ -24,6 +24,7 @@ ENGINE = [
     *(
         "invoke",
         "encode",
+        "local_modules",
         "pickling",
         "lease",
         "failures",
@@ -41,7 +42,7 @@ ENGINE = [
         "grouping",
     ),
     *("tiling", "units"),
-    *("folding", "fingerprint", "digest"),
+    *("folding", "fingerprint", "digest", "libraries"),
     *("history", "estimates", "graph", "cost_model", "kernels"),
     *("report", "cost", "config", "credentials", "loop_thread", "signals", "errors"),
 ]
@@ -59,10 +60,10 @@ GROUND = [
         "store",
         "codec",
     ),
-    *("codec", "cache", "memory", "protocol", "errors"),
+    *("codec", "cache", "memory", "modules", "protocol", "errors"),
 ]
 PURE = [
-    *("fingerprint", "digest", "reuse", "lifecycle"),
+    *("fingerprint", "digest", "libraries", "reuse", "lifecycle"),
     *(
         "state",
         "books",

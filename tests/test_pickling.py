@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from dask._task_spec import Task, TaskRef
 
-from dask_lambda import pickling
 from dask_lambda.pickling import FunctionCache
 from lambda_worker import protocol
 from lambda_worker.protocol import Reference
@@ -37,8 +36,8 @@ def test_tasks_that_share_a_function_run_as_before():
 
 def test_a_function_is_looked_at_once(monkeypatch: pytest.MonkeyPatch):
     seen = []
-    reduced = pickling._reduced
-    monkeypatch.setattr(pickling, "_reduced", lambda *a: seen.append(a[0]) or reduced(*a))
+    reduced = FunctionCache._reduced
+    monkeypatch.setattr(FunctionCache, "_reduced", lambda *a: seen.append(a[1]) or reduced(*a))
     functions, one, two = FunctionCache(), adder(1), adder(2)
     for task in [Task("a", one, 1), Task("b", two, 1), Task("c", one, 2), Task("d", two, 2)]:
         dumps(functions, task)
