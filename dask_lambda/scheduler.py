@@ -147,9 +147,10 @@ class LambdaScheduler:
             left there, also one that was killed, is not computed again.
         keep : bool, optional
             Whether intermediate results stay as well.
-        inline_bytes, compression, plan, speculate, patience, max_cost_usd, max_seconds, modules : \
-optional
+        inline_bytes, compression, plan, modules, speculate, patience : optional
             The settings of these names, for this call.
+        max_cost_usd, max_seconds : optional
+            The same.
         callbacks : optional
             Dask callbacks for this call.
         **kwargs

@@ -26,7 +26,7 @@ from dask_lambda.local import LocalAWS
 from dask_lambda.local_shared import local_aws
 from tests.faults.deploy import deploy as deploy_function
 from tests.faults.proxy import Proxy
-from tests.helpers import eventually
+from tests.helpers import eventually, forget_modules, write_files
 
 ROOT = Path(local_start.__file__).parents[1]
 
@@ -98,6 +98,24 @@ def _leaves_the_bucket_empty(request: pytest.FixtureRequest) -> Iterator[None]:
             for name in left:  # the next test is not to blame
                 delete(Bucket=aws.bucket, Key=name)
             pytest.fail(f"objects are left in the bucket: {left}")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``project({name: content})``: files of the user's own, on ``sys.path`` and nowhere else.
+
+    Written again they are new: what was imported of them is forgotten.
+    """
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+
+    def write(files: dict[str, str | bytes]) -> None:
+        write_files(folder, files)
+        forget_modules(folder)
+
+    yield write
+    forget_modules(tmp_path)
 
 
 @pytest.fixture

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from graphlib import TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -152,3 +155,22 @@ def graph_of(collection: Any) -> Graph:
     """The graph with which a scheduler is called for a collection."""
     expression = collections_to_expr([collection], True).optimize()
     return normalise(materialise(expression), expression.__dask_keys__())
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files, by their paths relative to a folder."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def forget_modules(*folders: Path) -> None:
+    """Have Python import anew what it imported from below some folders."""
+    below = tuple(str(folder) for folder in folders)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        places = [file] if file else list(getattr(module, "__path__", ()))
+        if any(str(place).startswith(below) for place in places):
+            del sys.modules[name]
+    importlib.invalidate_caches()

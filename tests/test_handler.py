@@ -375,7 +375,7 @@ def test_the_trap_works(client):
         {"client": {"python": "3.7", "dask": "2026.8.0"}},
         {"client": {**protocol.versions(), "dask": "1.0"}},
         {"client": {}},
-        {"groups": "another format", "protocol": 2},
+        {"groups": "another format", "protocol": protocol.PROTOCOL + 1},
     ],
 )
 def test_a_client_with_other_versions_is_refused_and_told_ours(client, changes):
