@@ -168,9 +168,12 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
 def forget_modules(*folders: Path) -> None:
     """Have Python import anew what it imported from below some folders."""
     below = tuple(str(folder) for folder in folders)
+    found = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         places = [file] if file else list(getattr(module, "__path__", ()))
         if any(str(place).startswith(below) for place in places):
-            del sys.modules[name]
+            found.append(name)
+    for name in found:
+        del sys.modules[name]
     importlib.invalidate_caches()
