@@ -286,14 +286,24 @@ def locate(top: str) -> tuple[str, ...]:
         return ()
     if top in ("__main__", "__mp_main__") or (spec := spec_of(top)) is None:
         return ()
-    file = spec.origin if spec.has_location else None
-    if file is not None and (of_library(file) or not os.path.isfile(file)):
+    file = os.path.abspath(spec.origin) if spec.origin and spec.has_location else None
+    if file is not None and not os.path.isfile(file):
         return ()
     if spec.submodule_search_locations is None:
-        return () if file is None else (os.path.abspath(file),)
+        return () if file is None or of_library(file) else (file,)
     # Of a package without a file some directories may be installed, and some local.
-    folders = map(os.path.abspath, spec.submodule_search_locations)
-    return tuple(each for each in folders if os.path.isdir(each) and not of_library(each))
+    folders = tuple(filter(_is_own, map(os.path.abspath, spec.submodule_search_locations)))
+    return folders if file is None or _is_own(os.path.dirname(file)) else ()
+
+
+def _is_own(folder: str) -> bool:
+    """Whether a directory is none of a library, or a link to one that is not, as flit makes them.
+
+    Links to single files say nothing: some installers link all files to a cache of theirs.
+    """
+    if of_library(folder) and os.path.islink(folder):
+        folder = os.path.realpath(folder)
+    return os.path.isdir(folder) and not of_library(folder)
 
 
 def _files(top: str) -> Iterator[_File]:

@@ -121,6 +121,12 @@ def test_environment_variables_and_files_are_read(tmp_path):
         ("max_seconds", True),
         ("larger_functions", "big"),
         ("larger_functions", {"3 GB": "big"}),
+        ("modules", "mine"),
+        ("modules", ["mine"]),
+        ("modules", {"include": [3], "exclude": []}),
+        ("modules", {"include": [], "exclude": [""]}),
+        ("modules", {"include": [], "exclude": {"mine": 1}}),
+        ("modules", {"include": [], "exclude": [], "only": []}),
         ("resume", 3),
         ("keep", "yes"),
     ],
@@ -221,3 +227,30 @@ def test_compression_needs_its_package(monkeypatch):
     with pytest.raises(ConfigurationError, match=r"dask_lambda\[compression\]"):
         Settings.resolve(compression="zstd")
     assert Settings.resolve().compression == "none"
+
+
+def test_what_travels_may_be_one_name_some_or_none():
+    modules = {"include": "a.b", "exclude": ("c", "d/*")}
+    assert Settings.resolve(modules=modules).modules == {
+        "include": ["a.b"],
+        "exclude": ["c", "d/*"],
+    }
+    for nothing in (None, {}, {"exclude": None}):
+        assert Settings.resolve(modules=nothing).modules == {"include": [], "exclude": []}
+
+
+@pytest.mark.parametrize("name", ["no module", "a/b", "../a", "a.", ""])
+def test_only_a_name_can_be_included(name):
+    with pytest.raises(ConfigurationError, match=r"dask-lambda.modules"):
+        Settings.resolve(modules={"include": [name]})
+    with pytest.raises(ConfigurationError, match=r"dask-lambda.modules.include"):
+        config.modules.include(name)
+
+
+def test_of_two_words_about_a_module_the_later_counts():
+    config.modules.include("one", "two")
+    config.modules.exclude("two", "three/*", config)
+    config.modules.include("three", "one")
+    found = Settings.resolve().modules
+    assert found == {"include": ["one", "three"], "exclude": ["two", "three/*", config.__name__]}
+    assert str(found) in repr(config.modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from importlib import metadata
 
 import pytest
 
@@ -433,6 +434,27 @@ def test_a_missing_package_is_named_with_what_to_do():
     exception = shown(failures.from_record(record_of(error, module="left_pad")))
     assert type(exception) is ModuleNotFoundError
     assert any("'left_pad' is not installed on the worker" in n for n in exception.__notes__)
+
+
+def test_a_missing_package_is_told_with_its_name_in_pips_words_and_its_version_here():
+    error = ModuleNotFoundError("No module named 'yaml.cyaml'", name="yaml.cyaml")
+    exception = shown(failures.from_record(record_of(error, module="yaml.cyaml")))
+    version = metadata.version("PyYAML")
+    assert any(f"Here it comes with 'PyYAML=={version}'" in n for n in exception.__notes__)
+
+
+def test_who_knows_better_says_what_to_do_about_a_missing_module():
+    error = ModuleNotFoundError("No module named 'mine'", name="mine")
+    record = record_of(error, module="mine")
+    exception = shown(failures.from_record(record, missing=lambda name: f"include {name}"))
+    assert "include mine" in exception.__notes__
+
+
+def test_a_full_disk_of_a_worker_is_another_ones_turn():
+    record = {"kind": "disk", "message": "unpacking the local modules: OSError: no space left"}
+    failure = failures.from_record(record)
+    assert failure.kind is FailureKind.TRANSIENT
+    assert "no space left" in str(shown(failure))
 
 
 def test_pythons_own_memory_error_is_told_with_what_to_do():

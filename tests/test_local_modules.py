@@ -87,6 +87,17 @@ def test_an_editable_install_by_a_finder_is_local(tmp_path, monkeypatch):
     forget_modules(tmp_path)
 
 
+def test_an_editable_install_by_a_link_is_local(tmp_path, monkeypatch):
+    write_files(tmp_path, {"src/by_link/__init__.py": "", "cache/cached.py": ""})
+    (tmp_path / "site-packages/installed").mkdir(parents=True)
+    (tmp_path / "site-packages/by_link").symlink_to(tmp_path / "src/by_link")
+    for name in ("cached.py", "installed/__init__.py"):  # as uv installs, if it is told so
+        (tmp_path / "site-packages" / name).symlink_to(tmp_path / "cache/cached.py")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    assert packed("by_link").keys() == {"by_link/__init__.py"}
+    assert locate("cached") == locate("installed") == ()
+
+
 def test_of_a_namespace_the_local_portions_travel(tmp_path, monkeypatch):
     for place, module in [("here", "one"), ("there", "two"), ("site-packages", "three")]:
         write_files(tmp_path / place, {f"shared_space/{module}.py": ""})

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambda_worker import protocol
+from lambda_worker.errors import RequestError
 from lambda_worker.protocol import (
     Body,
     GroupRequest,
+    Modules,
     Reference,
     Request,
     Value,
@@ -55,6 +57,7 @@ REQUESTS = st.builds(
     st.sampled_from(["none", "zstd"]),
     NAMES | st.just(""),
     st.booleans(),
+    st.none() | st.builds(Modules, NAMES, VALUES),
 )
 
 
@@ -65,6 +68,16 @@ def test_a_request_comes_out_of_json_as_it_went_in(request):
     assert Request.from_json(event) == request
     assert event["protocol"] == protocol.PROTOCOL
     assert event["client"] == protocol.versions()
+
+
+@pytest.mark.parametrize(
+    "modules", [5, "text", {}, {"digest": 5, "archive": {"name": "n", "size": 1}}, {"digest": "d"}]
+)
+def test_modules_that_make_no_sense_are_refused(modules):
+    event = Request("run", {"run": bytes(32)}, "bucket", 0, []).to_json()
+    Request.from_json(event)
+    with pytest.raises(RequestError, match="the modules"):
+        Request.from_json({**event, "modules": modules})
 
 
 def test_a_value_that_is_in_s3_carries_no_bytes():
