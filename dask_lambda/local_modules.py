@@ -17,11 +17,12 @@ from __future__ import annotations
 import ast
 import io
 import os
+import re
 import stat
 import sys
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -42,7 +43,13 @@ _COMPILED = (".so", ".pyd", ".dll", ".dylib")
 _DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that zip files know
 _NAMED = 5  # of the largest files, in an error
 
-_imports: dict[bytes, frozenset[str]] = {}  # digest of a source -> what it imports
+#: The archive that was made last is kept, up to this size: the next run has the same files, mostly.
+MAX_KEPT_BYTES = 8 * 2**20
+
+_Names = frozenset[str]
+_mentions: dict[bytes, _Names] = {}  # digest of a source -> what it may import
+_imports: dict[bytes, _Names] = {}  # the same -> what it does import
+_kept: dict[bytes, Archive] = {}  # digest of files -> their archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,8 @@ class LocalModules:
         self._remembered = set[str]() if remembered is None else remembered
         self._seen: set[str] = set()  # names of modules, looked at
         self._since: dict[str, int] = {}  # top-level module -> how many there were before
-        self._read: dict[str, tuple[dict[str, bytes], frozenset[str]]] = {}  # files, imports
+        self._local: dict[str, bool] = {}  # whether a top-level module is, and not excluded
+        self._read: dict[str, dict[str, bytes]] = {}  # files of a top-level module
         self._lock = threading.Lock()
         for name in include:
             self._add(self._included(name))
@@ -144,7 +152,9 @@ class LocalModules:
         self._remembered.add(top)
 
     def _travels(self, top: str) -> bool:
-        return top not in self._excluded and bool(locate(top))
+        if top not in self._local:
+            self._local[top] = top not in self._excluded and bool(locate(top))
+        return self._local[top]
 
     def _included(self, name: str) -> str:
         top = name.partition(".")[0]
@@ -179,24 +189,36 @@ class LocalModules:
         """
         with self._lock:
             files: dict[str, bytes] = {}
-            waiting, done = sorted(roots), set[str]()
+            waiting, found = list(roots), set(roots)
             while waiting:
                 top = waiting.pop()
-                if top in done:
-                    continue
-                done.add(top)
                 if top not in self._read:
                     if not self._travels(top):
                         continue
                     self._read[top] = self._load(top, files)
-                contents, imports = self._read[top]
-                files.update(contents)
-                waiting.extend(imports)
-        data = _zip(files)
-        return Archive(archive_digest(data), data)
+                files.update(self._read[top])
+                fresh = self._imported(self._read[top]) - found
+                found |= fresh
+                waiting += fresh
+        return _pack(files)
 
-    def _load(self, top: str, others: dict[str, bytes]) -> tuple[dict[str, bytes], frozenset[str]]:
+    def _imported(self, files: dict[str, bytes]) -> set[str]:
+        """Return the local modules that some files import.
+
+        Parsing takes longest by far, and few sources import a local module: so it is left to
+        those that seem to.
+        """
+        found: set[str] = set()
+        for name, source in files.items():
+            if name.endswith(".py"):
+                fresh = set(filter(self._travels, mentions_of(source) - found))
+                if fresh:
+                    found |= fresh & imports_of(source)
+        return found
+
+    def _load(self, top: str, others: dict[str, bytes]) -> dict[str, bytes]:
         listed: list[_File] = []
+        contents = {}
         try:
             for file in _files(top):
                 if not any(_matches(file.name, pattern) for pattern in self._excluded):
@@ -204,7 +226,6 @@ class LocalModules:
                     if len(listed) > MAX_FILES:
                         break
             self._check_size(top, listed, others)
-            contents = {}
             for file in listed:
                 with open(file.path, "rb") as source:
                     contents[file.name] = source.read()
@@ -213,10 +234,7 @@ class LocalModules:
                 f"The local module {top!r} cannot be read, so that it cannot travel with the "
                 f"tasks that need it ({error}). {_advice_on(top)}"
             ) from error
-        imports = frozenset[str]().union(
-            *(imports_of(data) for name, data in contents.items() if name.endswith(".py"))
-        )
-        return contents, imports
+        return contents
 
     @staticmethod
     def _check_size(top: str, listed: list[_File], others: dict[str, bytes]) -> None:
@@ -364,6 +382,23 @@ def _matches(name: str, pattern: str) -> bool:
     return name.startswith((path + "/", path + "."))
 
 
+def _pack(files: dict[str, bytes]) -> Archive:
+    digest = blake2b(digest_size=16)
+    for name in sorted(files):
+        digest.update(b"%d %d " % (len(name.encode()), len(files[name])))
+        digest.update(name.encode())
+        digest.update(files[name])
+    key = digest.digest()
+    archive = _kept.get(key)
+    if archive is None:
+        data = _zip(files)
+        archive = Archive(archive_digest(data), data)
+        _kept.clear()
+        if len(data) <= MAX_KEPT_BYTES:
+            _kept[key] = archive
+    return archive
+
+
 def _zip(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -379,17 +414,45 @@ def _zip(files: dict[str, bytes]) -> bytes:
 # ---------------------------------------------------------------------------------------------
 
 
+_IMPORT = re.compile(
+    r"\bfrom\s+(\w+)[\w.]*\s+import\b"
+    r"|\bimport\s+(\w[^()#;\n]*)"
+    r"|\b(?:import_module|__import__)\(\s*[\"'](\w+)"
+)
+
+
+def mentions_of(source: bytes) -> frozenset[str]:
+    """Return the top-level modules that a source may import: all that it does, and some more."""
+
+    def find(source: bytes) -> Iterator[str]:
+        text = source.decode("utf-8", "replace").replace("\\\n", " ")
+        for one, some, called in _IMPORT.findall(text):
+            yield one or called
+            for each in some.split(","):
+                yield each.strip().partition(" ")[0].partition(".")[0]
+
+    return _remembered(_mentions, source, find)
+
+
 def imports_of(source: bytes) -> frozenset[str]:
     """Return the top-level modules that a source imports, wherever in it.
 
     Relative imports are not among them: they stay in the package.
     """
+    return _remembered(_imports, source, _parse)
+
+
+def _remembered(
+    memory: dict[bytes, _Names], source: bytes, find: Callable[[bytes], Iterable[str]]
+) -> _Names:
     digest = blake2b(source, digest_size=16).digest()
-    if digest not in _imports:
-        if len(_imports) > MAX_FILES:
-            _imports.clear()
-        _imports[digest] = frozenset(name.partition(".")[0] for name in _parse(source))
-    return _imports[digest]
+    if digest not in memory:
+        if len(memory) > MAX_FILES:
+            memory.clear()
+        found = frozenset(filter(None, (name.partition(".")[0] for name in find(source))))
+        memory[digest] = found
+        return found
+    return memory[digest]
 
 
 def _parse(source: bytes) -> Iterator[str]:

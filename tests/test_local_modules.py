@@ -8,10 +8,12 @@ import site
 import sys
 import zipfile
 from importlib.util import spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import cloudpickle
+import dask
 import pytest
 from dask._task_spec import Task
 from hypothesis import given
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from dask_lambda import local_modules
 from dask_lambda.errors import ConfigurationError, LocalModulesError
 from dask_lambda.libraries import absolute, mentioned, missing_module
-from dask_lambda.local_modules import LocalModules, imports_of, locate
+from dask_lambda.local_modules import LocalModules, imports_of, locate, mentions_of
 from dask_lambda.pickling import FunctionCache
 from tests.helpers import forget_modules, write_files
 
@@ -175,6 +177,40 @@ def test_imports_are_found_wherever_they_are():
     )
     assert imports_of(source) == {"a", "c", "e", "k", "m"}
     assert imports_of(b"no python\0") == frozenset()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("import a", "import a.b as c, d", "import  a , d.e", "import b, \\\n  a, d"),
+        *(
+            "from a import b",
+            "from a.b.c import (d,\n e)",
+            "from a \\\n import *",
+            "x = 1; import a",
+        ),
+        *("if x: import a", "try:\n\timport a\nexcept: pass", "def f():\n  from a import b"),
+        *("__import__('a')", 'importlib.import_module( "a.b")', "import ä; import a"),
+    ],
+)
+def test_what_a_source_seems_to_import_is_never_less_than_what_it_does(source):
+    exact = imports_of(source.encode())
+    assert exact & {"a", "b", "d"}
+    assert exact <= mentions_of(source.encode())
+
+
+def test_what_a_text_only_seems_to_import_does_not_travel(project):
+    project({"talker.py": '"""How to import silent, from silent import all."""\n', "silent.py": ""})
+    assert "silent" in mentions_of(b"import silent, from")
+    assert packed("talker").keys() == {"talker.py"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(dask.__file__).parent.glob("*.py")), ids=lambda path: path.stem
+)
+def test_of_real_sources_no_import_is_overlooked(path):
+    source = path.read_bytes()
+    assert imports_of(source) <= mentions_of(source)
 
 
 @given(
