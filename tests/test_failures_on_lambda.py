@@ -352,20 +352,6 @@ def test_what_fails_to_unpickle_is_an_error_of_its_task() -> None:
         made_there().compute(scheduler=lambda_get)
 
 
-def test_a_module_that_the_worker_does_not_have_is_named(tmp_path: Path) -> None:
-    (tmp_path / "of_the_client_only.py").write_text("def f():\n    return 1\n")
-    sys.path.insert(0, str(tmp_path))
-    try:
-        import of_the_client_only  # type: ignore[import-not-found]
-
-        with pytest.raises(ModuleNotFoundError, match="of_the_client_only") as caught:
-            delayed(of_the_client_only.f)().compute(scheduler=lambda_get)
-    finally:
-        sys.path.remove(str(tmp_path))
-        sys.modules.pop("of_the_client_only", None)
-    assert "'of_the_client_only' is not installed on the worker" in notes(caught.value)
-
-
 class Colour(enum.Enum):
     RED = 1
 
