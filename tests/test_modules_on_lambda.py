@@ -15,6 +15,7 @@ import dask_lambda
 from dask_lambda import config, kept_runs, lambda_get, local_modules
 from dask_lambda.errors import ConfigurationError, LocalModulesError
 from tests.helpers import forget_modules, notes, report
+from tests.session_calls import Calls, value
 
 pytestmark = pytest.mark.local
 uses_bucket = True
@@ -140,6 +141,25 @@ def test_modules_that_show_up_later_in_a_run_are_added(shapes: Any, project: Pro
     areas = [delayed(shapes.area)(delayed(shapes.square)(side)) for side in (1, 2)]
     found = compute(*map(delayed(late.f), areas), plan="none")
     assert [shape.side for shape in found] == [1, 4]
+
+
+def test_an_open_run_has_the_modules_of_each_call_that_is_added(
+    shapes: Any, project: Project
+) -> None:
+    def side(shape: Any) -> int:
+        return shape.side
+
+    with dask_lambda.LambdaScheduler() as scheduler:
+        call = Calls(scheduler.session())
+        square, _ = first = call(shapes.square, 3)
+        assert value(first).side == 3
+        assert value(call(side, square)) == 3
+        project({"late.py": "import shapes\ndef f(area):\n    return shapes.Square(area)"})
+        late = importlib.import_module("late")
+        assert value(call(late.f, call(shapes.area, square)[0])).side == 9
+        put = call.session.put("put", late.f(4)).result(60)
+        assert value(call(side, put)) == 4
+        call.session.close()
 
 
 def by_computed_name(name: str) -> Any:
