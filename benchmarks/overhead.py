@@ -101,6 +101,10 @@ class InstantBackend:
     bucket: Any = field(default_factory=MemoryStore)
     prefix: str = "benchmark"
     window: int = 1000
+    function: str = "instant"
+    region: str = "nowhere"
+    endpoint_url: str | None = None
+    lasting: bool = False
 
     def is_alive(self) -> bool:
         """Always."""

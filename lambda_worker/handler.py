@@ -147,6 +147,7 @@ class Invocation:
         self._uploads: Uploads[Value] = Uploads(environment.uploading, environment.shares.uploads)
         for run in request.secrets:
             protocol.resolvers[run] = self.resolve
+        self._not_loaded: ModuleNotFoundError | None = None
         self._lease: LeaseWatch | None = None
         if request.lease:
             look = partial(self.store.exists, request.lease)
@@ -260,7 +261,12 @@ class Invocation:
     def resolve(self, reference: Reference) -> Any:
         """Load a reference inside a task."""
         value = Value(reference.name, reference.size, shared=True)
-        return codec.deserialize(self.fetch(value))
+        frames = self.fetch(value)
+        try:
+            return codec.deserialize(frames)
+        except ModuleNotFoundError as error:
+            self._not_loaded = error
+            raise
 
     def _prefetch(self, served: list[Served]) -> None:
         """Begin to fetch what the groups read."""
@@ -407,7 +413,7 @@ class Invocation:
             fields["memory"] = True
         if isinstance(error, ModuleNotFoundError) and error.name:
             fields["module"] = error.name
-            fields["loading"] = doing.startswith(UNPICKLING)
+            fields["loading"] = doing.startswith(UNPICKLING) or error is self._not_loaded
         name = protocol.error_name(group.outputs[0])
         try:
             error.__traceback__ = error.__cause__ = error.__context__ = None

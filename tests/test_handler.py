@@ -570,6 +570,26 @@ def test_a_missing_module_is_named(client):
     assert client.run(Task("y", load))["error"]["module"] == "package_that_nobody_has"
 
 
+class OfNoModule:
+    def __reduce__(self):
+        return __import__, ("package_that_nobody_has",)
+
+
+def test_it_is_told_whether_a_module_was_missed_before_the_task_could_begin(client):
+    def load():
+        import package_that_nobody_has  # noqa: F401
+
+    stored = client.put("stored", OfNoModule())
+    reference = Reference(stored.name, stored.size)
+    told = [
+        client.run(Task("y", load)),
+        client.run(Task("y", inc, OfNoModule())),
+        client.run(Task("y", inc, TaskRef("x")), inputs={"x": client.inline("x", OfNoModule())}),
+        client.run(Task("y", load_reference, reference)),
+    ]
+    assert [said["error"]["loading"] for said in told] == [False, True, True, True]
+
+
 class FailsToLoad:
     def __reduce__(self):
         return _fail_to_load, ()
