@@ -25,6 +25,8 @@ from lambda_worker import protocol
 #: A longer function (one that refers to large data, say) is pickled with each of its tasks, so that
 #: the data can leave the stream (:func:`lambda_worker.codec.serialize`).
 MAX_FUNCTION_BYTES = 16 * 1024
+#: So many are remembered: a session may live long, and its functions be made anew for each call.
+MAX_FUNCTIONS = 1000
 #: What is no function of Python's and is pickled by name all the same.
 _NAMED = (BuiltinFunctionType, type(lru_cache(abs)))
 
@@ -55,6 +57,8 @@ class FunctionCache:
         """Return how to pickle a function: by name, as its bytes, or (None) as it comes."""
         found = self._functions.get(id(function))
         if found is None:
+            if len(self._functions) >= MAX_FUNCTIONS:
+                self._functions.clear()
             found = self._functions[id(function)] = function, self._reduced(function, reduce)
         return found[1]
 

@@ -463,13 +463,13 @@ def test_pythons_own_memory_error_is_told_with_what_to_do():
     assert any("Make the chunks smaller" in n for n in exception.__notes__)
 
 
-@pytest.mark.parametrize("name", ["", "mine"])
-def test_a_budget_that_is_used_up_says_what_comes_next(name):
-    failure = failures.from_budget(0.5, 12.0, "max_cost_usd=0.5", name)
+@pytest.mark.parametrize("again", ["", "compute again with resume='mine'"])
+def test_a_budget_that_is_used_up_says_what_comes_next(again):
+    failure = failures.from_budget(0.5, 12.0, "max_cost_usd=0.5", again)
     text = str(shown(failure, ""))
     assert "12.0 s and about $0.5" in text
-    assert ("resume='mine'" in text) == bool(name)
-    assert ("None of it is kept" in text) != bool(name)
+    assert ("raise the limit and compute again with resume='mine'" in text) == bool(again)
+    assert ("None of it is kept" in text) != bool(again)
 
 
 def test_a_result_that_cannot_be_pickled_names_its_task():
