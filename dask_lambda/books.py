@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from dask_lambda.events import PATIENCE, Budget, Failure, FailureKind
 from dask_lambda.pace import TRUST, Pace
-from dask_lambda.plan import Group, Priority
+from dask_lambda.plan import Group, Priority, Where
 from lambda_worker.protocol import Key
 
 #: Sums of dollars are exact up to so much of them.
@@ -60,6 +60,45 @@ class Flight:
     speculative: bool = False
     duplicated: bool = False
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is outside of Lambda."""
+        return self.jobs[0].spec.is_local
+
+
+@dataclass(slots=True)
+class LocalRoom:
+    """What may run outside of Lambda at the same time.
+
+    Attributes
+    ----------
+    slots : int
+        Groups.
+    memory : float
+        Bytes that all of them together are said to need; one may be alone with more.
+    """
+
+    slots: int
+    memory: float = math.inf
+    used: int = 0
+    memory_used: int = 0
+
+    def fits(self, spec: Group) -> bool:
+        """Whether one more may start."""
+        if self.used >= self.slots:
+            return False
+        return not self.used or self.memory_used + spec.memory <= self.memory
+
+    def take(self, spec: Group) -> None:
+        """Take note that one starts."""
+        self.used += 1
+        self.memory_used += spec.memory
+
+    def give(self, spec: Group) -> None:
+        """Take note that one has ended."""
+        self.used -= 1
+        self.memory_used -= spec.memory
+
 
 @dataclass(slots=True)
 class RunBook:
@@ -69,7 +108,9 @@ class RunBook:
     data: dict[Key, Datum] = field(default_factory=dict)
     jobs: dict[Key, Job] = field(default_factory=dict)  #: if it is isolated: output -> group
     ready: list[tuple[Priority, int, Job]] = field(default_factory=list)  #: a heap
+    local: list[tuple[Priority, int, Job]] = field(default_factory=list)  #: ready, outside Lambda
     queued: bool = False  #: whether it is in the rotation
+    local_queued: bool = False  #: whether it is in that of what runs outside of Lambda
     starved: bool = False  #: it is not, since it cannot pay for what is ready
     unfinished: int = 0
     in_flight: int = 0
@@ -84,7 +125,7 @@ class RunBook:
     usd: float = 0.0  #: spent
     reserved: float = 0.0  #: for what is in flight
     speculative_usd: float = 0.0  #: spent on duplicates or reserved for them
-    pace: dict[str, Pace] = field(default_factory=dict)  #: by kind
+    pace: dict[tuple[Where, str], Pace] = field(default_factory=dict)  #: by place and kind
     refused_since: float = -math.inf  #: the first time after the last success of any run
     noticed: float = -math.inf
 
@@ -95,16 +136,18 @@ class RunBook:
 
     def has_ready(self) -> bool:
         """Whether a group could be sent; those that were cancelled meanwhile are dropped."""
-        ready = self.ready
-        while ready and ready[0][2].done:
-            heapq.heappop(ready)
-        return bool(ready)
+        return _has_any(self.ready)
 
-    def pace_of(self, kind: str) -> Pace:
-        """Return what is known of a kind of groups."""
-        pace = self.pace.get(kind)
+    def has_local(self) -> bool:
+        """Whether one could be started outside of Lambda."""
+        return _has_any(self.local)
+
+    def pace_of(self, spec: Group) -> Pace:
+        """Return what is known of groups of the same kind in the same place."""
+        alike = spec.where, spec.kind
+        pace = self.pace.get(alike)
         if pace is None:
-            pace = self.pace[kind] = Pace()
+            pace = self.pace[alike] = Pace()
         return pace
 
     def started(self, flight: Flight) -> None:
@@ -136,6 +179,8 @@ class RunBook:
     def expected_usd(self, jobs: Sequence[Job], pace: Pace) -> float:
         """Return what an invocation is expected to cost, as far as the run has seen it."""
         spec = jobs[0].spec
+        if spec.is_local:
+            return 0.0
         if pace.groups:
             return pace.usd * len(jobs)
         if self.budget is not None and spec.seconds is not None:
@@ -149,7 +194,7 @@ class RunBook:
         """
         if self.budget is None:
             return True
-        pace = self.pace_of(jobs[0].spec.kind)
+        pace = self.pace_of(jobs[0].spec)
         if pace.in_flight >= TRUST * (pace.groups + 1):
             return False
         expected = self.usd + self.reserved + self.expected_usd(jobs, pace)
@@ -164,10 +209,16 @@ class RunBook:
             return True
         accrued = self.usd
         for flight in in_flight:
-            if flight.run is self:
+            if flight.run is self and not flight.is_local:
                 elapsed = (now - flight.started) * _price(budget, flight.rung)
                 accrued += max(flight.reserved, elapsed)
         return accrued > budget.usd
+
+
+def _has_any(ready: list[tuple[Priority, int, Job]]) -> bool:
+    while ready and ready[0][2].done:
+        heapq.heappop(ready)
+    return bool(ready)
 
 
 def _price(budget: Budget, rung: int) -> float:

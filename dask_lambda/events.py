@@ -234,6 +234,7 @@ class Invoke:
     tries: int  #: how often the first of them was tried before
     rung: int = 0  #: which function: 0 is the usual one, the next ones have more memory
     speculative: bool = False  #: while another invocation with the same groups is in flight
+    local: bool = False  #: not on Lambda
 
 
 @dataclass(frozen=True, slots=True)

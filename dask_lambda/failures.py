@@ -33,6 +33,11 @@ _MORE_MEMORY = (
     "10,240 MB), or name functions with more memory in dask-lambda.larger-functions."
 )
 
+_MORE_MEMORY_HERE = (
+    "Make the chunks smaller, or have dask-lambda.local-executor name an executor on a machine "
+    "with more memory."
+)
+
 
 @dataclass(slots=True)
 class Detail:
@@ -278,7 +283,7 @@ def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Fa
     )
 
 
-def from_needs(nbytes: int, memory_mb: int, what: str) -> Failure:
+def from_needs(nbytes: int, memory_mb: int, what: str, *, local: bool = False) -> Failure:
     """Build the failure of a task that was not sent, since the function has not enough memory.
 
     Parameters
@@ -289,14 +294,74 @@ def from_needs(nbytes: int, memory_mb: int, what: str) -> Failure:
         Of the function.
     what : str
         What needs it: "its inputs", "it is annotated with memory of".
+    local : bool
+        Whether it was to run on this machine.
     """
+    whose = "this machine's" if local else "the function's"
     return Failure(
         FailureKind.MEMORY,
         Detail(
             errors.OutOfMemoryError,
-            f"{what} {nbytes / 2**20:,.0f} MB, more than the function's {memory_mb:,} MB; it was "
-            "not sent",
-            _MORE_MEMORY,
+            f"{what} {nbytes / 2**20:,.0f} MB, more than {whose} {memory_mb:,} MB; it was not sent",
+            _MORE_MEMORY_HERE if local else _MORE_MEMORY,
+        ),
+    )
+
+
+def from_local_start(why: str) -> Failure:
+    """Build the failure of a local process that did not come so far as to serve anything."""
+    return Failure(
+        FailureKind.DEATH,
+        Detail(
+            errors.WorkerDiedError,
+            "a process of this machine, in which it was to run, could not start"
+            + (f" ({why})" if why else ""),
+            "What that process has printed says why; dask-lambda.local-executor names others.",
+        ),
+    )
+
+
+def from_local_death(code: int) -> Failure:
+    """Build the failure of a local process that ended while it ran a task.
+
+    Parameters
+    ----------
+    code : int
+        Its exit code; of a signal that has ended it, the negative number.
+    """
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return Failure(
+        FailureKind.DEATH,
+        Detail(
+            errors.WorkerDiedError,
+            f"the local process died while it ran ({how})",
+            "A crash of native code, os._exit, or too little memory (signal 9) ends it like this.",
+        ),
+    )
+
+
+def from_executor(executor: str, why: str, *, died: bool = False) -> Failure:
+    """Build the failure of a task that the user's executor did not run.
+
+    Parameters
+    ----------
+    executor : str
+    why : str
+    died : bool
+        Whether one of its processes did, in which it was running or may have been.
+    """
+    advice = "Check the executor that dask-lambda.local-executor names: is it open, and whole?"
+    if "ForkedError" in why:
+        advice = (
+            "S3's client does not survive a fork: make the executor with processes that are not "
+            "forked, ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn'))."
+        )
+    return Failure(
+        FailureKind.DEATH if died else FailureKind.FATAL,
+        Detail(
+            errors.WorkerDiedError if died else errors.InvocationError,
+            f"{executor} could not run it ({why})",
+            advice,
         ),
     )
 
@@ -341,6 +406,7 @@ def from_record(
     record: dict[str, Any],
     *,
     leased: bool = True,
+    local: bool = False,
     missing: Callable[[str], str] = missing_module,
 ) -> Failure:
     """Classify the "error" of one group in a reply.
@@ -350,6 +416,8 @@ def from_record(
     record : dict
     leased : bool
         Whether the run's lease was written in time: else a worker that misses it is right to stop.
+    local : bool
+        Whether it was no invocation of Lambda's.
     missing : callable
         What to do about a module that a worker could not import.
     """
@@ -358,8 +426,9 @@ def from_record(
     match kind:
         case "exception":
             value = record.get("exception")
-            advice = _MORE_MEMORY if record.get("memory") else ""
-            if "module" in record:
+            more_memory = _MORE_MEMORY_HERE if local else _MORE_MEMORY
+            advice = more_memory if record.get("memory") else ""
+            if "module" in record and not local:
                 advice = missing(str(record["module"]))
             return Failure(
                 FailureKind.MEMORY if record.get("memory") else FailureKind.TASK,
@@ -370,7 +439,11 @@ def from_record(
                     key,
                     None if value is None else _readable(value),
                     record.get("traceback", ""),
-                    {"type": record.get("type"), "unpicklable": record.get("unpicklable")},
+                    {
+                        "type": record.get("type"),
+                        "unpicklable": record.get("unpicklable"),
+                        "local": local,
+                    },
                 ),
             )
         case "timeout":
@@ -540,7 +613,8 @@ def to_exception(failure: Failure, key: str, secrets: dict[str, bytes]) -> BaseE
     if detail.exception is not None:
         own = _own_exception(detail.exception, secrets)
         if own is not None:
-            _add_note(own, f"Raised by task {key} on Lambda:\n{detail.note.rstrip()}")
+            place = "outside of Lambda" if detail.fields.get("local") else "on Lambda"
+            _add_note(own, f"Raised by task {key} {place}:\n{detail.note.rstrip()}")
             if detail.advice:
                 _add_note(own, detail.advice)
             return own

@@ -37,6 +37,7 @@ from typing import Any
 from dask_lambda import lifecycle, local_server, local_supervisor
 from dask_lambda.errors import LocalAWSError
 from dask_lambda.local_process import PREFIX, stop_supervisor
+from lambda_worker.protocol import HASH_SEED
 
 REGION = "us-east-1"
 FUNCTION = "dask-lambda"
@@ -61,10 +62,9 @@ INHERITED = (
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
     *("http_proxy", "https_proxy", "all_proxy"),
 )
-#: One BLAS thread a worker: there is one worker for each concurrent invocation.  A fixed hash seed:
-#: tasks that partition strings by hash() must agree (distributed's workers have the same one).
+#: One BLAS thread a worker: there is one worker for each concurrent invocation.
 FUNCTION_ENVIRONMENT = {
-    "PYTHONHASHSEED": "6640",
+    "PYTHONHASHSEED": HASH_SEED,
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",

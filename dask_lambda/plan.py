@@ -30,6 +30,8 @@ from dask_lambda.units import Decision
 from lambda_worker.protocol import Key
 
 PlanMode = Literal["auto", "none"]
+#: Where a group runs: as an invocation of Lambda's, or on machines of the user's own.
+Where = Literal["lambda", "local"]
 #: Of groups of one run, which have it of the same form.
 Priority = int | tuple[Any, ...]
 
@@ -61,6 +63,7 @@ class Group:
         Bytes that the user says it needs; 0 if nothing is said.
     timeout : float, optional
         Seconds after which its tasks are interrupted, if that is less than the function allows.
+    where : {"lambda", "local"}
     """
 
     tasks: tuple[Key, ...]
@@ -72,6 +75,12 @@ class Group:
     seconds: float | None = None
     memory: int = 0
     timeout: float | None = None
+    where: Where = "lambda"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it runs outside of Lambda."""
+        return self.where == "local"
 
 
 @dataclass(frozen=True, slots=True)

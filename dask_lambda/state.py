@@ -35,6 +35,11 @@ more, while there is room that nobody else needs.  The first result of a group t
 accepted, whatever comes later is discarded, and a failure counts only if no other invocation with
 the group is in flight.
 
+Groups whose place is outside of Lambda (``Group.where``) take no room in the window, and are not
+refused, batched, duplicated or paid for.  They have a room of their own
+(:class:`dask_lambda.books.LocalRoom`), for which runs take turns as well; what is first in turn and
+does not fit yet holds up the others, or it would never start.
+
 A run with a budget starts nothing that it is not expected to be able to pay, and ends when
 nothing of it is in flight any more.
 
@@ -55,7 +60,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from dask_lambda.books import Datum, Flight, Job, RunBook
+from dask_lambda.books import Datum, Flight, Job, LocalRoom, RunBook
 from dask_lambda.events import (
     Accept,
     Discard,
@@ -109,15 +114,30 @@ class State:
         Of the jitter.
     rungs : int
         Functions with different memory, from the usual one upwards.
+    slots : int
+        Groups that may run outside of Lambda at the same time.
+    memory : float
+        Bytes that those together may be said to need.
     """
 
-    def __init__(self, window: int, policy: Policy | None = None, seed: int = 0, *, rungs: int = 1):
+    def __init__(
+        self,
+        window: int,
+        policy: Policy | None = None,
+        seed: int = 0,
+        *,
+        rungs: int = 1,
+        slots: int = 0,
+        memory: float = math.inf,
+    ):
         self.policy = policy or Policy()
         self.window = Window(window, self.policy)
         self.rungs = rungs
+        self.local = LocalRoom(slots, memory)
         self.in_flight: dict[int, Flight] = {}
         self._runs: dict[str, RunBook] = {}
         self._rotation: deque[RunBook] = deque()
+        self._local_rotation: deque[RunBook] = deque()
         self._delayed: list[tuple[float, int, Job]] = []  # a heap
         self._random = random.Random(seed)
         self._counter = 0
@@ -157,6 +177,7 @@ class State:
                     self._wake = None
         self._undelay(now)
         self._dispatch(now, out)
+        self._dispatch_local(now, out)
         if self._watching and now >= self._next_check:
             self._check(now, out)
         self._set_alarm(now, out)
@@ -167,11 +188,16 @@ class State:
         at = self._delayed[0][0] if self._delayed else math.inf
         if self._watching and (self.in_flight or self._delayed):
             at = min(at, self._next_check)
-        if self._rotation and (opens := self.window.opens(len(self.in_flight), now)) is not None:
+        if self._rotation and (opens := self.window.opens(self._on_lambda, now)) is not None:
             at = min(at, opens)
         if at < (math.inf if self._wake is None else self._wake):
             self._wake = at
             out.append(Wake(at))
+
+    @property
+    def _on_lambda(self) -> int:
+        """How many invocations of Lambda are in flight."""
+        return len(self.in_flight) - self.local.used
 
     # -- events --------------------------------------------------------------------------------
 
@@ -233,6 +259,8 @@ class State:
     def _invocation_ended(self, event: InvocationEnded, now: float, out: list[Instruction]) -> None:
         flight = self.in_flight.pop(event.invocation)
         run, jobs = flight.run, flight.jobs
+        if flight.is_local:
+            self.local.give(jobs[0].spec)
         run.ended_one(flight, event.usd)
         if event.usd_second is not None:
             run.priced(flight.rung, event.usd_second)
@@ -260,7 +288,7 @@ class State:
                 self._make_ready(job)
             else:
                 self._failed(job, outcome, now, out)
-        if success:
+        if success and not flight.is_local:
             self._last_success = now
             self.window.succeeded()
         if released and not run.ended:
@@ -322,7 +350,7 @@ class State:
         """Send later what Lambda would not start now: this is no failure of the group."""
         window, run = self.window, job.run
         if failure.kind is FailureKind.THROTTLED:
-            window.throttled(len(self.in_flight), now)
+            window.throttled(self._on_lambda, now)
         else:
             window.rate_limited(now)
         if job.in_flight:
@@ -337,7 +365,8 @@ class State:
 
     def _failed(self, job: Job, failure: Failure, now: float, out: list[Instruction]) -> None:
         policy, kind, run = self.policy, failure.kind, job.run
-        if kind is FailureKind.MEMORY and job.rung + 1 < self.rungs:
+        larger = job.rung + 1 < self.rungs and not job.spec.is_local
+        if kind is FailureKind.MEMORY and larger:
             job.rung += 1
             self._make_ready(job)
             return
@@ -399,12 +428,17 @@ class State:
     def _make_ready(self, job: Job) -> None:
         run = job.run
         self._push(job)
-        if not run.starved:
+        if job.spec.is_local:
+            if not run.local_queued:
+                run.local_queued = True
+                self._local_rotation.append(run)
+        elif not run.starved:
             self._queue(run)
 
     def _push(self, job: Job) -> None:
         self._counter += 1
-        heapq.heappush(job.run.ready, (job.spec.priority, self._counter, job))
+        ready = job.run.local if job.spec.is_local else job.run.ready
+        heapq.heappush(ready, (job.spec.priority, self._counter, job))
 
     def _queue(self, run: RunBook) -> None:
         if not run.queued:
@@ -419,7 +453,7 @@ class State:
 
     def _dispatch(self, now: float, out: list[Instruction]) -> None:
         rotation, window = self._rotation, self.window
-        while rotation and window.room(len(self.in_flight), now):
+        while rotation and window.room(self._on_lambda, now):
             run = rotation.popleft()
             if run.ended or not run.has_ready():
                 run.queued = False
@@ -433,11 +467,33 @@ class State:
                     self._end(run, Failure(FailureKind.BUDGET), None, out)
                 continue
             rotation.append(run)
-            self._send(jobs, now, out)
-            for job in jobs:
-                job.tries += 1
-                if job.failing_since is not None:  # waiting for room is not trying
-                    job.failing_since += now - job.due
+            self._try(jobs, now, out)
+
+    def _dispatch_local(self, now: float, out: list[Instruction]) -> None:
+        """Start what waits for room outside of Lambda."""
+        rotation = self._local_rotation
+        while rotation:
+            run = rotation[0]
+            if run.ended or not run.has_local():
+                rotation.popleft()
+                run.local_queued = False
+                continue
+            if run.budget is not None and now >= run.budget.until:
+                self._end(run, Failure(FailureKind.BUDGET), None, out)
+                continue
+            job = run.local[0][2]
+            if not self.local.fits(job.spec):
+                return
+            heapq.heappop(run.local)
+            rotation.rotate(-1)
+            self._try((job,), now, out)
+
+    def _try(self, jobs: tuple[Job, ...], now: float, out: list[Instruction]) -> None:
+        self._send(jobs, now, out)
+        for job in jobs:
+            job.tries += 1
+            if job.failing_since is not None:  # waiting for room is not trying
+                job.failing_since += now - job.due
 
     def _send(
         self,
@@ -449,15 +505,21 @@ class State:
     ) -> None:
         run, rung, tries = jobs[0].run, jobs[0].rung, jobs[0].tries
         self._counter += 1
-        pace = run.pace_of(jobs[0].spec.kind)
+        spec = jobs[0].spec
+        pace = run.pace_of(spec)
         expected = run.expected_usd(jobs, pace)
         flight = Flight(run, jobs, rung, now, pace, expected, speculative)
         self.in_flight[self._counter] = flight
         run.started(flight)
         self._speculating += speculative
-        self.window.sent(now)
+        if spec.is_local:
+            self.local.take(spec)
+        else:
+            self.window.sent(now)
         groups = tuple(job.spec for job in jobs)
-        out.append(Invoke(self._counter, run.name, groups, tries, rung, speculative))
+        out.append(
+            Invoke(self._counter, run.name, groups, tries, rung, speculative, spec.is_local)
+        )
         for job in jobs:
             job.in_flight += 1
 
@@ -468,7 +530,7 @@ class State:
         if not run.batch or not ready or first.tries:  # who was tried before goes alone
             return (first,)
         spec, limit = first.spec, self.window.allowed
-        size = batch_size(run.pace_of(spec.kind), spec.seconds, len(ready) + 1, limit, self.policy)
+        size = batch_size(run.pace_of(spec), spec.seconds, len(ready) + 1, limit, self.policy)
         jobs = [first]
         while len(jobs) < size and run.has_ready():
             other = ready[0][2]
@@ -491,6 +553,8 @@ class State:
             run = flight.run
             if not run.speculate or run.ended or flight.speculative or flight.duplicated:
                 continue
+            if flight.is_local:
+                continue
             alike = id(flight.pace), len(flight.jobs)
             if alike not in bounds:
                 bounds[alike] = flight.pace.patience(self.policy, len(flight.jobs))
@@ -506,7 +570,7 @@ class State:
         run, share = flight.run, self.policy.speculative_share
         return (
             all(job.in_flight == 1 and not job.done for job in flight.jobs)
-            and self.window.room(len(self.in_flight), now)
+            and self.window.room(self._on_lambda, now)
             and self._speculating < max(1, int(share * self.window.allowed))
             and run.can_pay(flight.jobs, now)
             and run.speculative_usd + run.expected_usd(flight.jobs, flight.pace) <= share * run.usd
@@ -590,6 +654,7 @@ class State:
     ) -> None:
         run.ended = True
         run.ready.clear()
+        run.local.clear()
         run.data.clear()
         run.jobs.clear()
         if not cancelled:

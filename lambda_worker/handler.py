@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from lambda_worker import codec, protocol
 from lambda_worker.cache import Cache
@@ -49,17 +49,43 @@ UNPICKLING = "unpickling"
 Frames = Callable[[], list[memoryview]]
 
 
-class Environment:
-    """What outlives an invocation: connections, idle threads, cached inputs, modules."""
+class Modules(Protocol):
+    """Sees to the user's own modules, as :class:`lambda_worker.modules.LocalModules` does."""
 
-    def __init__(self) -> None:
+    def use(self, digest: str | None, fetch: Callable[[], Any]) -> None:
+        """Have the modules of an archive found, and no others."""
+
+
+class Environment:
+    """What outlives an invocation: connections, idle threads, cached inputs, modules.
+
+    It serves one invocation at a time.
+
+    Parameters
+    ----------
+    memory_mb : int, optional
+        That it may take; default: the function's.
+    log : callable, optional
+        Takes the lines that are logged; default: standard error, which Lambda keeps.
+    modules : LocalModules, optional
+        If it is not alone in its process.
+    """
+
+    def __init__(
+        self,
+        memory_mb: int | None = None,
+        log: Callable[[str], object] | None = None,
+        modules: Modules | None = None,
+    ) -> None:
         self.cold = True
-        self.shares = share_out(int(os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "1769")))
+        self.log = log or _to_stderr
+        of_function = int(os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "1769"))
+        self.shares = share_out(memory_mb or of_function)
         self.cache = Cache(self.shares.cache)
         self.fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")  # starts threads when needed
         self.uploading = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
         self.looking = ThreadPoolExecutor(1, "lease")
-        self.modules = LocalModules()
+        self.modules = LocalModules() if modules is None else modules
         self._stores: dict[str, Store] = {}
 
     def store(self, bucket: str) -> Store:
@@ -67,6 +93,20 @@ class Environment:
         if bucket not in self._stores:
             self._stores[bucket] = Store(open_bucket(bucket))
         return self._stores[bucket]
+
+    def use(self, bucket: str, opened: Any) -> None:
+        """Use a bucket that was opened elsewhere, as an obstore store."""
+        self._stores[bucket] = Store(opened)
+
+    def close(self) -> None:
+        """Let go of all of it, when nothing is served any more."""
+        for pool in (self.fetching, self.uploading, self.looking):
+            pool.shutdown(wait=False)
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line)
+    sys.stderr.flush()
 
 
 environment = Environment()
@@ -136,8 +176,9 @@ class Served:
 class Invocation:
     """One request being served.  To be closed, however it ends."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, environment: Environment):
         self.request = request
+        self.environment = environment
         self.store = environment.store(request.bucket)  # may raise for the name of no bucket
         self.inline_left = protocol.MAX_INLINE_TOTAL_BYTES
         self._locks: dict[str, threading.Lock] = {}
@@ -145,8 +186,7 @@ class Invocation:
             environment.fetching, environment.shares.prefetch
         )
         self._uploads: Uploads[Value] = Uploads(environment.uploading, environment.shares.uploads)
-        for run in request.secrets:
-            protocol.resolvers[run] = self.resolve
+        protocol.begin_serving(request.secrets, self.resolve)
         self._not_loaded: ModuleNotFoundError | None = None
         self._lease: LeaseWatch | None = None
         if request.lease:
@@ -178,17 +218,16 @@ class Invocation:
         modules = self.request.modules
         try:
             if modules is None:
-                environment.modules.use(None, bytes)
+                self.environment.modules.use(None, bytes)
             else:
                 archive = modules.archive
-                environment.modules.use(modules.digest, lambda: self.fetch(archive)[0])
+                self.environment.modules.use(modules.digest, lambda: self.fetch(archive)[0])
         except OSError as error:
             raise Failure("disk", f"unpacking the local modules: {_text(error)}") from error
 
     def close(self) -> None:
         """Wait for what still runs in the background; forget the secrets."""
-        for run in self.request.secrets:
-            protocol.resolvers.pop(run, None)
+        protocol.end_serving(self.request.secrets, self.resolve)
         self._inputs.close()
         self._uploads.close()
 
@@ -236,15 +275,15 @@ class Invocation:
         own = protocol.run_of(name) == self.request.run
         cached = f"{self.request.lease} {name}" if own else name
         with self._locks.setdefault(name, threading.Lock()):  # two readers download it once
-            data = environment.cache.get(cached)
+            data = self.environment.cache.get(cached)
             if data is not None:
                 try:
                     codec.verify(data, secret, name)
                     return memoryview(data).toreadonly()
                 except IntegrityError:
-                    environment.cache.drop(cached)
+                    self.environment.cache.drop(cached)
             data = self._download(value, secret)
-            if environment.cache.put(cached, data):
+            if self.environment.cache.put(cached, data):
                 return memoryview(data).toreadonly()
             return data
 
@@ -428,6 +467,20 @@ class Invocation:
 
 def handler(event: Any, context: Any) -> dict[str, Any]:
     """Serve one Invoke; see :mod:`lambda_worker.protocol` for the two formats."""
+    return serve(event, context, environment)
+
+
+def serve(event: Any, context: Any, environment: Environment) -> dict[str, Any]:
+    """Serve one request in an environment, on Lambda or elsewhere.
+
+    Parameters
+    ----------
+    event : dict
+        The request.
+    context : object
+        With ``memory_limit_in_mb`` and ``aws_request_id``, as Lambda's.
+    environment : Environment
+    """
     started = time.perf_counter()
     cold, environment.cold = environment.cold, False
     reply: dict[str, Any] = {
@@ -442,12 +495,12 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
     if theirs != {"protocol": protocol.PROTOCOL, **ours}:
         reply["refused"] = {"protocol": protocol.PROTOCOL, **ours}
         reply["milliseconds"] = (time.perf_counter() - started) * 1e3
-        _log(event, context, reply)
+        _log(event, context, reply, environment)
         return reply
     invocation: Invocation | None = None
     hits = environment.cache.hits
     try:
-        invocation = Invocation(Request.from_json(event))
+        invocation = Invocation(Request.from_json(event), environment)
         reply["groups"] = invocation.serve()
     except Exception as error:  # noqa: BLE001  from reading the request or the list of its groups
         reply["error"] = _record(error)
@@ -460,7 +513,7 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
     # It never falls while the environment lives: the peak so far, not that of this call alone.
     reply["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     reply["milliseconds"] = (time.perf_counter() - started) * 1e3
-    _log(event, context, reply)
+    _log(event, context, reply, environment)
     return reply
 
 
@@ -483,7 +536,9 @@ _KINDS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def _log(event: dict[str, Any], context: Any, reply: dict[str, Any]) -> None:
+def _log(
+    event: dict[str, Any], context: Any, reply: dict[str, Any], environment: Environment
+) -> None:
     """Write one structured line for each invocation, to CloudWatch on AWS."""
     groups = reply.get("groups", [])
     line = {
@@ -496,8 +551,7 @@ def _log(event: dict[str, Any], context: Any, reply: dict[str, Any]) -> None:
         "milliseconds": round(reply["milliseconds"], 3),
         "peak_memory": reply.get("peak_memory"),
     }
-    sys.stderr.write(json.dumps(line) + "\n")
-    sys.stderr.flush()
+    environment.log(json.dumps(line) + "\n")
 
 
 def _text(error: BaseException) -> str:

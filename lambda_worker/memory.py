@@ -1,4 +1,4 @@
-"""How the memory of the function is shared out.  May import: nothing.
+"""How much memory there is, and how it is shared out.  May import: nothing.
 
 ::
 
@@ -13,7 +13,10 @@ A single input or output may be larger than its share: it then travels alone.
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 #: Python with dask.array, NumPy, SciPy and obstore takes 75 MB before the first task; the parts
 #: of large objects that are on their way (:mod:`lambda_worker.store`) take up to 64 MB each way.
@@ -42,3 +45,16 @@ def share_out(memory_mb: int) -> Shares:
         int(left * share) for share in (CACHE_SHARE, PREFETCH_SHARE, UPLOADS_SHARE)
     )
     return Shares(cache, prefetch, uploads, left - cache - prefetch - uploads)
+
+
+#: Where Linux says how much memory a container may take (control groups, versions 2 and 1).
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine, or the container on it, has."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in _LIMITS:
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            found.append(int(Path(limit).read_text("ascii")))
+    return min(found)

@@ -17,7 +17,7 @@ import platform
 import secrets
 import threading
 import zlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -42,6 +42,10 @@ MAX_OBJECT_BYTES = 10_240 * 2**20
 #: Leading hex digits of an object name that spread the objects of a run over S3 partitions
 #: (3,500 PUT and 5,500 GET a second for each partitioned prefix).
 SHARD_DIGITS = 1
+
+#: ``PYTHONHASHSEED`` wherever tasks run: those that partition strings by ``hash()`` must agree
+#: (distributed's workers have the same one).
+HASH_SEED = "6640"
 
 Compression = Literal["none", "zstd"]
 Key = Hashable  # Dask: str, bytes, int, float or a tuple of them
@@ -406,9 +410,13 @@ def error_name(output: str) -> str:
 # references to stored results
 # ---------------------------------------------------------------------------------------------
 
-#: How to load an object of a run: run id -> function of a reference.  The worker fills it from
-#: the secrets of each request, the client from the runs whose results are kept.
+#: How to load an object of a run: run id -> function of a reference.  The client fills it from the
+#: runs whose results are kept.
 resolvers: dict[str, Callable[[Reference], Any]] = {}
+#: The same for the runs that are being served.  There may be several requests of one run at a time
+#: in one process: in threads of a client that runs tasks itself.
+serving: dict[str, list[Callable[[Reference], Any]]] = {}
+_serving_lock = threading.Lock()
 
 _pickled = threading.local()
 
@@ -449,6 +457,28 @@ class collect_references:
         _pickled.found = self._outer
 
 
+def begin_serving(runs: Iterable[str], resolve: Callable[[Reference], Any]) -> None:
+    """Have references to objects of some runs loaded by a function."""
+    with _serving_lock:
+        for run in runs:
+            serving.setdefault(run, []).append(resolve)
+
+
+def end_serving(runs: Iterable[str], resolve: Callable[[Reference], Any]) -> None:
+    """Undo one :func:`begin_serving`."""
+    with _serving_lock:
+        for run in runs:
+            serving[run].remove(resolve)
+            if not serving[run]:
+                del serving[run]
+
+
+def _resolver(run: str) -> Callable[[Reference], Any]:
+    with _serving_lock:
+        found = serving.get(run)
+        return found[-1] if found else resolvers[run]
+
+
 def load_reference(reference: Reference) -> Any:
     """Load a stored result: the function of the tasks of a persisted collection.
 
@@ -459,7 +489,7 @@ def load_reference(reference: Reference) -> Any:
         scheduler that made them, and to the workers that it calls.
     """
     try:
-        resolve = resolvers[run_of(reference.name)]
+        resolve = _resolver(run_of(reference.name))
     except KeyError:
         raise LookupError(
             f"the stored result {reference.name!r} cannot be loaded here: it belongs to a "

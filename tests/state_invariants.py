@@ -18,6 +18,12 @@ def check(state: State) -> None:
             attempts[id(job)] = attempts.get(id(job), 0) + 1
         flying[flight.run.name] = flying.get(flight.run.name, 0) + 1
     assert all(count <= 2 for count in attempts.values()), "one duplicate at the most"
+    local = [flight.jobs for flight in state.in_flight.values() if flight.is_local]
+    assert all(len(jobs) == 1 for jobs in local), "what is outside of Lambda is never in batches"
+    assert not any(f.is_local and (f.speculative or f.rung) for f in state.in_flight.values())
+    assert state.local.used == len(local) <= state.local.slots
+    assert state.local.memory_used == sum(job.spec.memory for (job,) in local)
+    assert len(local) < 2 or state.local.memory_used <= state.local.memory
     assert state._speculating == sum(f.speculative for f in state.in_flight.values())
     for run in state._runs.values():
         assert run.in_flight == flying.get(run.name, 0)
@@ -27,9 +33,13 @@ def check(state: State) -> None:
         for key, datum in run.data.items():
             assert datum.readers >= sum(not job.done for job in datum.waiting), key
             assert not (datum.available and datum.waiting), key
-        ready = [job for _, _, job in run.ready if not (run.isolated and job.done)]
+        both = (*run.ready, *run.local)
+        ready = [job for _, _, job in both if not (run.isolated and job.done)]
+        assert not any(job.spec.is_local for _, _, job in run.ready)
+        assert all(job.spec.is_local for _, _, job in run.local)
+        assert run.local_queued or not any(job.spec.is_local for job in ready)
         assert all(not job.missing and not job.in_flight and not job.done for job in ready)
-        assert run.queued or run.starved or not ready
+        assert run.queued or run.starved or all(job.spec.is_local for job in ready)
         _check_isolated(run)
         assert not run.starved or run.in_flight, "a run that waits for nothing"
         for flight in state.in_flight.values():

@@ -23,7 +23,7 @@ from dask_lambda.events import (
     Wake,
     WindowChanged,
 )
-from dask_lambda.plan import Group
+from dask_lambda.plan import Group, Where
 from dask_lambda.policy import Policy
 from dask_lambda.state import State
 from tests.state_invariants import check
@@ -50,19 +50,36 @@ def group(
     retries: int = 0,
     kind: str = "",
     seconds: float | None = None,
+    memory: int = 0,
+    where: Where = "lambda",
 ) -> Group:
     """``group("a b", "c")`` makes a and b from c."""
     keys = tuple(outputs.split())
-    return Group(keys, tuple(inputs.split()), keys, priority, retries, kind, seconds)
+    return Group(
+        keys,
+        tuple(inputs.split()),
+        keys,
+        priority,
+        retries,
+        kind,
+        seconds,
+        memory,
+        where=where,
+    )
 
 
 class Script:
     """A machine that is told events by hand, checked after each, at a time that is set by hand."""
 
     def __init__(
-        self, window: int = 100, policy: Policy | None = None, seed: int = 0, rungs: int = 1
+        self,
+        window: int = 100,
+        policy: Policy | None = None,
+        seed: int = 0,
+        rungs: int = 1,
+        **local: Any,
     ):
-        self.state = State(window, policy, seed, rungs=rungs)
+        self.state = State(window, policy, seed, rungs=rungs, **local)
         self.now = 0.0
         self.flying: dict[int, Invoke] = {}
         self.timers: list[float] = []

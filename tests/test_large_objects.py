@@ -287,7 +287,7 @@ def write_and_die(key: str, bucket: str, marker: str) -> str:
     if Path(marker).exists():
         return "done"
     Path(marker).touch()
-    for run in list(protocol.resolvers):
+    for run in list(protocol.serving):
         name = protocol.object_name("dask-lambda", run, protocol.key_label(key))
         obstore.put(open_bucket(bucket), protocol.attempt_name(name), b"orphan")
     os._exit(1)

@@ -88,6 +88,8 @@ def models(draw, name: str) -> Model:
                 draw(st.integers(0, 2)),
                 draw(st.sampled_from(["k", "k", "k", "l"])),
                 draw(st.sampled_from(expected)),
+                memory=draw(st.sampled_from([0, 0, 1, 2])),
+                where=draw(st.sampled_from(["lambda", "lambda", "local"])),
             )
         )
         keys += outputs
@@ -152,6 +154,8 @@ POLICY = Policy(
 )
 PATIENCE = 3.0
 RUNGS = 2
+#: Outside of Lambda.
+SLOTS, MEMORY = 2, 2
 #: Failures of an invocation of which one of several groups may be the reason.
 GUILTY = {FailureKind.MEMORY, FailureKind.TIMEOUT, FailureKind.DEATH}
 REFUSED = {FailureKind.THROTTLED, FailureKind.RATE_LIMITED}
@@ -161,7 +165,7 @@ class Play:
     """Drives the machine with whatever hypothesis chooses and checks all that is known."""
 
     def __init__(self, runs: list[Model], window: int, seed: int):
-        self.state = State(window, POLICY, seed, rungs=RUNGS)
+        self.state = State(window, POLICY, seed, rungs=RUNGS, slots=SLOTS, memory=MEMORY)
         self.window = window
         self.runs = {run.name: run for run in runs}
         self.now = 0.0
@@ -172,12 +176,12 @@ class Play:
         self.expected_results: list[tuple[type, Group, object]] = []
 
     def handle(self, event: Event) -> None:
-        room = len(self.flying)
+        room = self.on_lambda()
         seen_end = {run.name for run in self.runs.values() if run.outcome}
         results: list[tuple[type, Group, object]] = []
         for instruction in self.state.handle(event, self.now):
             match instruction:
-                case Invoke(invocation, name, groups, tries, rung, speculative):
+                case Invoke(invocation, name, groups, tries, rung, speculative, local):
                     run = self.runs[name]
                     assert not run.outcome, "nothing is started for an ended run"
                     assert invocation not in self.flying
@@ -185,7 +189,11 @@ class Play:
                     assert tries == run.starts[groups[0]]
                     assert run.budget is None or run.usd <= run.budget.usd + 1e-6
                     self.check_batch(run, groups, speculative)
+                    if local:
+                        assert len(groups) == 1
+                        assert not speculative
                     for it in groups:
+                        assert it.is_local == local
                         assert it in run.added
                         assert it not in run.done
                         assert run.flying[it] == speculative
@@ -199,8 +207,9 @@ class Play:
                             if job.spec in run.since:  # the machine alone knows what it drew
                                 run.since[job.spec] += self.now - job.due
                     self.flying[invocation] = instruction
-                    room += 1
+                    room += not local
                     assert room <= self.window
+                    assert len(self.flying) - room <= SLOTS
                 case Accept(name, it, result) | Discard(name, it, result):
                     results.append((type(instruction), it, result))
                 case Release(name, keys):
@@ -238,6 +247,16 @@ class Play:
         self.expected_results = []
         self.check()
 
+    def on_lambda(self) -> int:
+        return sum(not invoke.local for invoke in self.flying.values())
+
+    def check_local(self, ready: list[Group]) -> None:
+        """What could start outside of Lambda waits for one that does not fit, if it waits."""
+        flying = [invoke.groups[0] for invoke in self.flying.values() if invoke.local]
+        if ready and len(flying) < SLOTS:
+            assert flying, "nothing is there that it could wait for"
+            assert any(it.memory + sum(f.memory for f in flying) > MEMORY for it in ready)
+
     def check_batch(self, run: Model, groups: tuple[Group, ...], speculative: bool) -> None:
         if speculative:
             assert run.speculate
@@ -260,6 +279,7 @@ class Play:
         drained = {run.name for run in self.runs.values() if run.drained}
         assert set(self.state.runs) <= known - drained
         startable = 0
+        local: list[Group] = []
         for run in self.runs.values():
             flying = any(invoke.run == run.name for invoke in self.flying.values())
             if run.outcome:
@@ -274,12 +294,15 @@ class Play:
                 if idle and set(it.inputs) <= run.available:
                     if run.delayed.get(it, 0.0) > self.now:
                         assert self.timers or self.flying, "nobody will wake it"
+                    elif it.is_local:
+                        local.append(it)
                     elif run.budget is None:
                         startable += 1
                     else:
                         assert flying or self.timers, "nothing will come that it could pay with"
+        self.check_local(local)
         if startable:
-            full = not self.state.window.room(len(self.flying), self.now)
+            full = not self.state.window.room(self.on_lambda(), self.now)
             assert full, "there is room, and a group that is ready"
             assert self.flying or self.timers, "nobody will start it"
 
@@ -344,7 +367,7 @@ class Play:
         if whole and kind in GUILTY:
             run.lost[it] += 1
             return
-        if kind is FailureKind.MEMORY and run.rungs[it] + 1 < RUNGS:
+        if kind is FailureKind.MEMORY and run.rungs[it] + 1 < RUNGS and not it.is_local:
             run.rungs[it] += 1
             run.lost[it] += 1
             return
@@ -397,9 +420,13 @@ class Play:
         self.handle(RunCancelled(run.name))
 
     def change_window(self, window: int) -> None:
-        self.window = max(window, len(self.flying))  # for what is in flight already
+        self.window = max(window, self.on_lambda())  # for what is in flight already
         self.handle(WindowChanged(window))
         self.window = window
+
+
+def _is_refusal(outcome: Done | Failure) -> bool:
+    return isinstance(outcome, Failure) and outcome.kind in REFUSED
 
 
 def play_on(play: Play, draw, outcomes: list[Done | Failure]) -> None:
@@ -419,17 +446,21 @@ def play_on(play: Play, draw, outcomes: list[Done | Failure]) -> None:
             case "end":
                 count = len(play.flying[what].groups)
                 usd = draw(st.sampled_from([0.0, 0.1, 0.7]))
+                possible = outcomes
+                if play.flying[what].local:  # which nobody refuses
+                    possible = [each for each in outcomes if not _is_refusal(each)]
                 if draw(st.integers(0, 3)) == 0:  # it is lost as a whole
-                    play.end(what, [draw(st.sampled_from(FAILURES))] * count, True, usd)
+                    failures = [each for each in possible if isinstance(each, Failure)]
+                    play.end(what, [draw(st.sampled_from(failures))] * count, True, usd)
                 else:
-                    ends = [draw(st.sampled_from(outcomes)) for _ in range(count)]
+                    ends = [draw(st.sampled_from(possible)) for _ in range(count)]
                     play.end(what, ends, False, usd)
             case "wake":
                 play.wake()
             case "step":
                 play.now += draw(st.sampled_from([0.0, 0.1, 1.0, 5.0]))
             case "window":
-                if draw(st.booleans()) and len(play.flying) <= play.window:
+                if draw(st.booleans()) and play.on_lambda() <= play.window:
                     play.change_window(draw(st.integers(1, 5)))
             case "cancel":
                 play.cancel(what)
