@@ -96,6 +96,7 @@ class InstantLambda:
 class InstantBackend:
     """A backend without AWS."""
 
+    local: None = None
     invokers: list[InstantLambda] = field(default_factory=lambda: [InstantLambda()])
     bucket_name: str = "memory"
     bucket: Any = field(default_factory=MemoryStore)

@@ -1,6 +1,6 @@
 """What users say about their tasks: ``with dask.annotate(retries=3, seconds=20, memory="4 GB")``.
 
-May import: errors, the ground, dask.
+May import: placement, errors, the ground, dask.
 
 Annotations of a graph (those that were active when it was made) have precedence over those that
 are active when it is computed, and these over the settings.
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from dask.base import get_annotations
 from dask.utils import parse_bytes
 
-from dask_lambda.errors import ConfigurationError, OutOfMemoryError
+from dask_lambda.errors import ConfigurationError
+from dask_lambda.placement import Declared, Offer, Placement, place
+from dask_lambda.plan import Where
 from lambda_worker.protocol import Key
 
 #: In place of a key: what was active when the graph was computed, and is said of all its tasks.
-_ALL = "the computation"
+EVERY_TASK = "the computation"
 
 
 class Annotations:
@@ -64,58 +66,86 @@ class Annotations:
         if not said:
             return None
         numbers = {key: _number(name, key, value, number) for key, value in said.items()}
-        usual = numbers.get(_ALL)
+        usual = numbers.get(EVERY_TASK)
         return lambda key: numbers.get(key, usual)
 
     def _said(self, name: str) -> dict[Key, Any]:
         """Return all that is said under a name, by key."""
         said = dict(self._of_keys.get(name, {}))
         if (active := self._active.get(name)) is not None:
-            said[_ALL] = active
+            said[EVERY_TASK] = active
         return said
 
-    def memory(self, memory_mb: int) -> Callable[[Key], int] | None:
+    def memory(self) -> Callable[[Key], int] | None:
         """Return the bytes of memory that tasks are said to need, as a function of the key.
-
-        Parameters
-        ----------
-        memory_mb : int
-            Of the largest function.
 
         Returns
         -------
         callable or None
             0 for a task of which nothing is said; None if nothing is said of any.
+        """
+        numbers = self._numbers("memory", parse_bytes)
+        return None if numbers is None else lambda key: int(numbers(key) or 0)
+
+    def placement(self, offer: Offer) -> Placement | None:
+        """Return where tasks run, as a function of the key; None if all run on Lambda.
+
+        Parameters
+        ----------
+        offer : Offer
 
         Raises
         ------
-        OutOfMemoryError
-            If a task needs more than any function has.
+        ConfigurationError, OutOfMemoryError, FunctionTimeoutError
+            If a task cannot run where it says, or anywhere.
         """
-        said = self._said("memory")
-        if not said:
+        where = self._numbers("where", _where)
+        memory, seconds = self.memory(), self.seconds()
+        if where is None and memory is None and seconds is None:
             return None
-        needed = {key: int(_number("memory", key, v, parse_bytes)) for key, v in said.items()}
-        for key, nbytes in needed.items():
-            if nbytes > memory_mb * 2**20:
-                raise OutOfMemoryError(
-                    f"Task {key!r} is annotated with memory={said[key]!r}, more than the "
-                    f"function's {memory_mb:,} MB; nothing was sent. Give the function more memory "
-                    "(dask-lambda.memory; Lambda allows 10,240 MB), name a larger one in "
-                    "dask-lambda.larger-functions, or make the chunks smaller."
-                )
-        usual = needed.get(_ALL, 0)
-        return lambda key: needed.get(key, usual)
+        found = Placement()
+        said = {
+            key for name in ("where", "memory", "seconds") for key in self._of_keys.get(name, ())
+        }
+        for key in (EVERY_TASK, *said):
+            declared = Declared(
+                where(key) if where else None,
+                memory(key) if memory else 0,
+                (seconds(key) if seconds else None) or 0.0,
+            )
+            chosen, why = place(repr(key), declared, offer)
+            if key == EVERY_TASK:
+                found.usual = chosen
+            else:
+                found.of[key] = chosen
+            if why:
+                found.reasons[key] = why
+        return found if found.usual == "local" or "local" in found.of.values() else None
 
 
 def _number(name: str, key: Key, value: Any, number: Callable[[Any], Any]) -> Any:
     try:
         return number(value)
     except (ValueError, TypeError, AttributeError) as error:  # of what is not even a text
-        what = "seconds" if name == "seconds" else "bytes"
+        what = _WHAT[name]
         raise ConfigurationError(
-            f"the annotation {name}={value!r} of {key!r} is not a number of {what}: {error}"
+            f"the annotation {name}={value!r} of {key!r} is not {what}: {error}"
         ) from error
+
+
+_WHAT = {
+    "seconds": "a number of seconds",
+    "memory": "a number of bytes",
+    "nbytes": "a number of bytes",
+    "where": "a place",
+}
+
+
+def _where(value: Any) -> Where:
+    if value not in get_args(Where):
+        raise ValueError("it must be 'lambda' or 'local'")
+    found: Where = value
+    return found
 
 
 def _seconds(value: Any) -> float:

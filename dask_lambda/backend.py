@@ -1,7 +1,7 @@
 """Where invocations and objects go: real AWS, or the embedded one.
 
 May import: credentials, config, errors, the ground; late, since they are slow to import: invoke,
-local_shared, boto3.  The engine does not know which of the two it talks to.
+standalone, local_shared, boto3.  The engine does not know which of the two it talks to.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dask_lambda.config import DEFAULT_CONCURRENCY, Settings
-from dask_lambda.credentials import Credentials
+from dask_lambda.credentials import Credentials, find_credentials, open_with_own_credentials
 from dask_lambda.errors import ConfigurationError
 from lambda_worker.store import open_bucket
 
 if TYPE_CHECKING:
     from dask_lambda.invoke import LambdaInvoker
+    from dask_lambda.standalone import ExecutorInvoker, ProcessInvoker
 
 logger = logging.getLogger("dask_lambda")
 
@@ -45,6 +46,7 @@ class AWSBackend:
     endpoint_url: str | None
     s3: Callable[[], Any]  #: makes a botocore client, for what is no matter of a run
     lasting: bool = True  #: whether what is in the bucket outlives this process
+    local: ProcessInvoker | ExecutorInvoker | None = None  #: for what does not run on Lambda
 
 
 def open_backend(settings: Settings) -> AWSBackend:
@@ -83,7 +85,8 @@ def _local(settings: Settings) -> AWSBackend:
         settings.timeout,
         aws.memory,
     )
-    bucket = open_bucket(
+    open_ = partial(
+        open_bucket,
         aws.bucket,
         endpoint_url=aws.endpoint_url,
         region=aws.region,
@@ -92,6 +95,7 @@ def _local(settings: Settings) -> AWSBackend:
         session_token="",  # not the user's, from AWS_SESSION_TOKEN
         retry_seconds=10.0,
     )
+    bucket = open_()
     window = min(settings.concurrency or aws.concurrency, aws.concurrency)
     return AWSBackend(
         [invoker],
@@ -106,8 +110,19 @@ def _local(settings: Settings) -> AWSBackend:
         region=aws.region,
         endpoint_url=aws.endpoint_url,
         s3=partial(aws.client, "s3"),
+        # Processes elsewhere on this machine cannot find these credentials, nor do they expire.
+        local=_elsewhere(settings, aws.bucket, bucket, open_),
         lasting=aws.is_shared,
     )
+
+
+def _elsewhere(
+    settings: Settings, bucket: str, opened: Any, open_: Callable[[], Any]
+) -> ProcessInvoker | ExecutorInvoker | None:
+    from dask_lambda.local_start import available_cores
+    from dask_lambda.standalone import open_local
+
+    return open_local(settings.local_executor, bucket, opened, open_, available_cores())
 
 
 def usual_window(settings: Settings) -> int:
@@ -155,7 +170,7 @@ def _aws(settings: Settings) -> AWSBackend:
     assert settings.bucket is not None
     try:
         session = boto3.Session(region_name=settings.region)
-        credentials = Credentials(lambda: boto3.Session().get_credentials())
+        credentials = Credentials(find_credentials)
     except BotoCoreError as error:  # a profile that does not exist, a broken file
         raise ConfigurationError(f"the AWS configuration cannot be used: {error}") from error
     if session.region_name is None:
@@ -200,4 +215,15 @@ def _aws(settings: Settings) -> AWSBackend:
         region=session.region_name,
         endpoint_url=settings.endpoint_url,
         s3=partial(session.client, "s3", endpoint_url=settings.endpoint_url),
+        local=_elsewhere(
+            settings,
+            settings.bucket,
+            bucket,
+            partial(
+                open_with_own_credentials,
+                settings.bucket,
+                settings.endpoint_url,
+                session.region_name,
+            ),
+        ),
     )

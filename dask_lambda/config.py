@@ -25,8 +25,11 @@ MIN_MEMORY, MAX_MEMORY = 128, 10_240
 #: Concurrent executions of an account by default (Lambda quotas).
 DEFAULT_CONCURRENCY = 1000
 
+#: Where tasks run that do not run on Lambda, unless it is an executor of the user's.
+EXECUTORS = ("auto", "processes", "none")
+
 #: Dask reads "none" in an environment variable as None.
-NONE_IS_A_WORD = ("plan", "compression")
+NONE_IS_A_WORD = ("plan", "compression", "local_executor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Settings:
     larger_functions: dict[int, str]
     default_task_seconds: dict[str, float]
     modules: dict[str, list[str]]
+    local_executor: Any
     resume: str | None
     keep: bool
 
@@ -82,6 +86,12 @@ class Settings:
         _choice("backend", self.backend, ("auto", "local", "aws"))
         _choice("plan", self.plan, ("auto", "none"))
         _choice("compression", self.compression, ("none", "zstd"))
+        _check(
+            "local_executor",
+            self.local_executor,
+            f"one of {', '.join(map(repr, EXECUTORS))}, or an executor: an object with submit()",
+            lambda v: v in EXECUTORS if isinstance(v, str) else callable(getattr(v, "submit", 0)),
+        )
         if self.compression == "zstd" and find_spec("zstandard") is None:
             raise ConfigurationError(
                 "dask-lambda.compression is 'zstd', but the package 'zstandard' is not installed: "

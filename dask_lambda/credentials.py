@@ -1,4 +1,6 @@
-"""AWS credentials that may be renewed while a run goes on.  May import: errors, botocore's names.
+"""AWS credentials that may be renewed while a run goes on.
+
+May import: errors, the ground, botocore's names.
 
 Temporary credentials end after hours.  Those that botocore renews by itself (an assumed role, SSO
 with a valid session, an instance's role) need nothing.  Others are renewed by somebody else: a
@@ -99,3 +101,25 @@ class Credentials:
             "token": frozen.token,
             "expires_at": datetime.now(UTC),
         }
+
+
+def find_credentials() -> Any:
+    """Look where boto3 looks, anew: botocore ``Credentials`` or None."""
+    import boto3
+
+    return boto3.Session().get_credentials()
+
+
+def open_with_own_credentials(bucket: str, endpoint_url: str | None, region: str) -> Any:
+    """Open a bucket with the credentials that boto3 finds in this process.
+
+    Returns
+    -------
+    obstore store
+    """
+    from lambda_worker.store import open_bucket
+
+    provider = Credentials(find_credentials)
+    return open_bucket(
+        bucket, endpoint_url=endpoint_url, region=region, credential_provider=provider
+    )

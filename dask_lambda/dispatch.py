@@ -123,7 +123,11 @@ class Engine(LoopThread):
         self.place = Place(
             backend.bucket_name, backend.prefix, backend.region, backend.endpoint_url
         )
-        self.state = State(backend.window, seed=tokens.randbits(32), rungs=len(backend.invokers))
+        room = {}
+        if (local := backend.local) is not None:
+            room = {"slots": local.slots, "memory": (local.memory_mb or math.inf) * 2**20}
+        rungs = len(backend.invokers)
+        self.state = State(backend.window, seed=tokens.randbits(32), rungs=rungs, **room)
         self.prices = Prices()
         self._runs: dict[str, Run] = {}
         self._modules: set[str] = set()  # local ones that runs have needed
@@ -585,8 +589,9 @@ class Engine(LoopThread):
             outcomes = [next(left) if it in wanted else UNWANTED for it in groups]
         usd, run.spent = run.spent, run.unbilled + run.counts.usd(run.store.counts, self.prices)
         usd = run.spent - usd
-        memory_mb = self.backend.invokers[instruction.rung].memory_mb
-        price = None if memory_mb is None else self._usd_second(memory_mb)
+        memory_mb = self._sender.invoker(instruction).memory_mb
+        known = memory_mb is not None and not instruction.local
+        price = self._usd_second(memory_mb) if known else None
         self.handle(
             InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole, usd, price)
         )
@@ -594,7 +599,9 @@ class Engine(LoopThread):
     def _accept(self, run: Run, group: Group, result: Result) -> None:
         """Note where a group's outputs are, and fetch those that the caller wants."""
         run.counts.tasks += len(group.tasks)
-        if run.learn is not None:
+        if group.is_local:
+            run.counts.local_tasks += len(group.tasks)
+        elif run.learn is not None:  # of Lambda's processors
             run.learn(group, result.measured)
         for key, value in result.told:
             value.shared = run.is_shared(key)
@@ -727,3 +734,5 @@ class Engine(LoopThread):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for invoker in self.backend.invokers:
             await invoker.close()
+        if self.backend.local is not None:
+            await self.backend.local.close()

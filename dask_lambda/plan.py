@@ -123,14 +123,15 @@ class Plan:
         """Say in a few lines what runs together, and why two tasks were merged or not."""
         tasks = sum(len(group.tasks) for group in self.groups)
         lines = [f"{tasks:,} tasks in {len(self.groups):,} groups (plan: {self.mode})"]
-        kinds: dict[str, list[Group]] = {}
+        kinds: dict[tuple[str, Where], list[Group]] = {}
         for group in self.groups:
-            kinds.setdefault(group.kind, []).append(group)
-        for kind, groups in kinds.items():
+            kinds.setdefault((group.kind, group.where), []).append(group)
+        for (kind, where), groups in kinds.items():
             size = sum(len(group.tasks) for group in groups) / len(groups)
             known = [group.seconds for group in groups if group.seconds is not None]
             about = f", {sum(known) / len(known):.3f} s each" if known else ""
-            lines.append(f"  {len(groups):,} x {kind or '?'}: {size:.3g} tasks{about}")
+            place = ", not on Lambda" if where == "local" else ""
+            lines.append(f"  {len(groups):,} x {kind or '?'}: {size:.3g} tasks{about}{place}")
         lines += [f"  {decision}" for decision in self.decisions]
         return "\n".join(lines)
 
@@ -144,6 +145,7 @@ def make_plan(
     estimates: Estimates | None = None,
     model: CostModel | None = None,
     memory: Callable[[Key], int] | None = None,
+    places: Callable[[Key], Where] | None = None,
     cut: bool = True,
 ) -> Plan:
     """Decide what each invocation runs, and what the client runs itself.
@@ -164,6 +166,8 @@ def make_plan(
     memory : callable, optional
         Bytes that tasks are said to need, or 0; those that need any run alone, and tasks with
         different retries never run together.
+    places : callable, optional
+        Where each task runs, if not all run on Lambda.
     cut : bool
         Whether long sums are cut; False if :func:`cut_graph` has done it.
 
@@ -173,7 +177,7 @@ def make_plan(
         If the graph has a cycle.
     """
     with _uncollected():
-        return _make_plan(graph, mode, finalise, retries, estimates, model, memory, cut)
+        return _make_plan(graph, mode, finalise, retries, estimates, model, memory, places, cut)
 
 
 def cut_graph(graph: Graph, *, finalise: bool, estimates: Estimates, model: CostModel) -> Graph:
@@ -191,6 +195,7 @@ def _make_plan(
     estimates: Estimates | None,
     model: CostModel | None,
     memory: Callable[[Key], int] | None,
+    places: Callable[[Key], Where] | None,
     cut: bool,
 ) -> Plan:
     client, fetch, keep = _wanted(graph, finalise)
@@ -204,8 +209,12 @@ def _make_plan(
         tasks = topological(graph, client)
         if estimates is None:
             estimates = guess(graph, tasks, model.speed)
-        uniform = memory is None and not callable(retries)
-        signature = None if uniform else (lambda key: (retries_of(key), _alone(key, memory)))
+        uniform = memory is None and places is None and not callable(retries)
+
+        def together(key: Key) -> Hashable:
+            return retries_of(key), _alone(key, memory), places and places(key)
+
+        signature = None if uniform else together
         if cut:
             before = graph
             graph, estimates = cut_folds(graph, tasks, keep, estimates, model)
@@ -220,6 +229,8 @@ def _make_plan(
             replace(group, memory=memory(group.tasks[0])) if len(group.tasks) == 1 else group
             for group in groups
         ]
+    if places is not None:
+        groups = [replace(group, where=places(group.outputs[-1])) for group in groups]
     return Plan(
         groups=tuple(groups),
         keep=keep,

@@ -27,7 +27,7 @@ class CallReport:
         Of all attempts, with the worker's requests to S3; of invocations that ran several calls,
         its share.  On the embedded AWS: what they would have cost.
     invocations : int
-        Attempts that Lambda accepted.
+        Attempts: invocations that Lambda accepted, or times that it was run elsewhere.
     nbytes : int
         Size of the result in the worker's memory.
     kind : str
@@ -56,7 +56,9 @@ class RunReport:
     Attributes
     ----------
     tasks : int
-        Tasks that were done on Lambda.
+        Tasks that were done.
+    local_tasks : int
+        Those of them that were done outside of Lambda.
     reused : int
         Tasks that were not run, since their results, or results made of them, were there from an
         earlier computation of the same name (``resume``).
@@ -92,6 +94,7 @@ class RunReport:
     """
 
     tasks: int
+    local_tasks: int
     reused: int
     invocations: int
     cold_starts: int
@@ -149,6 +152,7 @@ class RunCounts:
     """The counters of a run while it goes on."""
 
     tasks: int = 0
+    local_tasks: int = 0
     reused: int = 0
     invocations: int = 0
     cold_starts: int = 0
@@ -166,6 +170,10 @@ class RunCounts:
         self.cold_starts += bool(content["cold"])
         milliseconds = content["milliseconds"] if billed_ms is None else billed_ms
         self.add_billed(math.ceil(milliseconds), content["memory_mb"])
+        self.add_work(content)
+
+    def add_work(self, content: dict[str, Any]) -> None:
+        """Count what whoever served a request did, on Lambda or elsewhere."""
         self.cache_hits += content.get("cache_hits", 0)
         self.peak_memory_mb = max(self.peak_memory_mb, content.get("peak_memory", 0) / 2**20)
         for name, count in content.get("s3", {}).items():
@@ -182,6 +190,7 @@ class RunCounts:
         total = self._total(client)
         return RunReport(
             tasks=self.tasks,
+            local_tasks=self.local_tasks,
             reused=self.reused,
             invocations=self.invocations,
             cold_starts=self.cold_starts,

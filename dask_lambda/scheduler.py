@@ -23,7 +23,7 @@ from dask.local import nested_get
 
 from dask_lambda import graph as graphs
 from dask_lambda import signals
-from dask_lambda.annotations import Annotations
+from dask_lambda.annotations import EVERY_TASK, Annotations
 from dask_lambda.backend import open_backend, usual_window
 from dask_lambda.callbacks import Callbacks
 from dask_lambda.config import Settings, check_names
@@ -36,6 +36,7 @@ from dask_lambda.graph import Graph, short
 from dask_lambda.history import History
 from dask_lambda.kept_runs import KeptRun, Place
 from dask_lambda.loop_thread import claim_process
+from dask_lambda.placement import Offer
 from dask_lambda.plan import Group, Plan, cut_graph, make_plan, topological
 from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.resume import Resumption
@@ -89,8 +90,8 @@ class LambdaScheduler:
         ``bucket``, ``prefix``, ``region``, ``endpoint_url``, ``concurrency``, ``inline_bytes``,
         ``compression``, ``plan``, ``memory``, ``timeout``, ``retries``, ``speculate``,
         ``patience``, ``max_cost_usd``, ``max_seconds``, ``larger_functions``,
-        ``default_task_seconds``, ``modules``, ``resume``, ``keep``.  They have precedence over
-        Dask's configuration, which is read anew at each run.
+        ``default_task_seconds``, ``local_executor``, ``modules``, ``resume``, ``keep``.  They have
+        precedence over Dask's configuration, which is read anew at each run.
 
     Raises
     ------
@@ -414,6 +415,7 @@ class LambdaScheduler:
         planned = replace(settings, inline_bytes=0) if named else settings
         planner = _Planner.of(graph, planned, annotations, engine)
         plan = planner.plan(finalise=not persist, cut=not named)
+        planner.tell()
         if resumption is not None:
             groups: Iterable[Group] = plan.groups
             if settings.keep:
@@ -506,6 +508,7 @@ class LambdaScheduler:
             settings.memory,
             settings.timeout,
             tuple(sorted(settings.larger_functions.items())),
+            executor if isinstance(executor := settings.local_executor, str) else id(executor),
         )
         claim_process()
         with self._lock:
@@ -550,7 +553,8 @@ class _Planner:
         memory_mb: int,
     ):
         self._graph, self._settings, self._annotations = graph, settings, annotations
-        self._memory = annotations.memory(max(memory_mb, *settings.larger_functions, 0))
+        self._memory = annotations.memory()
+        self._places = annotations.placement(Offer.of(settings, memory_mb))
         self._model = CostModel.of(
             memory_mb, settings.timeout, inline_bytes=settings.inline_bytes, window=window
         )
@@ -596,6 +600,7 @@ class _Planner:
                 finalise=finalise,
                 retries=retries,
                 memory=self._memory,
+                places=self._places,
             )
         return make_plan(
             self._graph,
@@ -605,8 +610,14 @@ class _Planner:
             estimates=self._expected(),
             model=self._model,
             memory=self._memory,
+            places=self._places,
             cut=cut,
         )
+
+    def tell(self) -> None:
+        """Say what does not run on Lambda although nobody has asked for that."""
+        if self._places is not None:
+            self._places.tell(lambda key: key == EVERY_TASK or key in self._graph.tasks)
 
     def learn(self, group: Group, measured: Mapping[str, Sequence[float]]) -> None:
         """Take note of what a worker measured."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,6 +39,7 @@ class Backend(Protocol):
     function: str
     region: str
     endpoint_url: str | None
+    local: Any  #: likewise for what does not run on Lambda, or None (dask_lambda.standalone)
     lasting: bool  #: whether what is in the bucket outlives this process
 
     def is_alive(self) -> bool:
@@ -64,6 +65,12 @@ class Sender:
         self._backend = backend
         self._prices = prices
 
+    def invoker(self, instruction: Invoke) -> Any:
+        """Return who serves an invocation."""
+        if instruction.local:
+            return self._backend.local
+        return self._backend.invokers[instruction.rung]
+
     async def send(
         self, run: Run, instruction: Invoke, inline_bytes: int
     ) -> Sequence[Done | Failure] | Failure:
@@ -84,7 +91,7 @@ class Sender:
             If there can be no payload, or the reply is not believed.
         """
         groups = instruction.groups
-        invoker = self._backend.invokers[instruction.rung]
+        invoker = self.invoker(instruction)
         if len(groups) == 1 and (failure := self._too_large(run, groups[0], invoker.memory_mb)):
             return failure
         modules = run.encoder.modules
@@ -94,13 +101,25 @@ class Sender:
             return Failure(FailureKind.FATAL)
         sent = time.monotonic()
         with run.encoder.lease.held():
-            reply: Reply = await invoker.invoke(payload)
-        if reply.ran and reply.content is None and reply.billed_ms is None:  # nobody says how long
+            reply: Reply | None
+            if instruction.local:
+                reply = await _while_it_goes_on(run, invoker.invoke(payload))
+            else:
+                reply = await invoker.invoke(payload)
+        if reply is None:
+            run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
+            return Failure(FailureKind.CANCELLED)
+        if instruction.local:
+            self._count_local(run, instruction, reply)
+        elif (
+            reply.ran and reply.content is None and reply.billed_ms is None
+        ):  # nobody says how long
             gb_seconds = (time.monotonic() - sent) * (invoker.memory_mb or run.memory_mb) / 1024
             run.unbilled += gb_seconds * self._prices.lambda_gb_second
-        self._count(run, instruction, reply, invoker.memory_mb)
+        if not instruction.local:
+            self._count(run, instruction, reply, invoker.memory_mb)
         if reply.ran:
-            usd = self._usd(reply, invoker.memory_mb or run.memory_mb)
+            usd = self._usd(instruction, reply, invoker.memory_mb or run.memory_mb)
             run.note_attempt(groups, usd, reply.log)
         content = reply.content
         if content is None or "refused" in content:
@@ -127,7 +146,9 @@ class Sender:
                 run.uncertain.update(map(run.object_name, group.outputs))
                 error = record["error"]
                 leased = run.encoder.lease.was_due(sent)
-                failure = failures.from_record(error, leased=leased, missing=modules.advice)
+                failure = failures.from_record(
+                    error, leased=leased, local=instruction.local, missing=modules.advice
+                )
                 if error.get("loading") and modules.supply(error["module"], known):
                     failure = replace(failure, kind=FailureKind.TRANSIENT)
                 outcomes.append(failure)
@@ -142,9 +163,10 @@ class Sender:
         if len(group.tasks) > 1 or memory_mb is None:
             return None
         nbytes = sum(run.values[key].size for key in group.inputs)
+        local = group.is_local
         for what, needed in (("its inputs take", nbytes), ("it is said to need", group.memory)):
             if needed > memory_mb * 2**20:
-                return failures.from_needs(needed, memory_mb, what)
+                return failures.from_needs(needed, memory_mb, what, local=local)
         return None
 
     @staticmethod
@@ -162,15 +184,23 @@ class Sender:
         elif reply.billed_ms is not None:
             counts.add_billed(reply.billed_ms, memory_mb or 0)
 
-    def _usd(self, reply: Reply, memory_mb: int) -> float:
+    @staticmethod
+    def _count_local(run: Run, instruction: Invoke, reply: Reply) -> None:
+        run.counts.retries += bool(instruction.tries)
+        if reply.content is not None:
+            run.counts.add_work(reply.content)
+
+    def _usd(self, instruction: Invoke, reply: Reply, memory_mb: int) -> float:
         """Return what an invocation cost, as far as it is known."""
         if reply.content is None and reply.billed_ms is None:
             return 0.0
         content = reply.content or {}
         milliseconds = reply.billed_ms or math.ceil(content.get("milliseconds", 0))
+        if instruction.local:  # but for S3
+            milliseconds = 0
         s3 = content.get("s3", {})
         return self._prices.cost(
-            invocations=1,
+            invocations=0 if instruction.local else 1,
             gb_seconds=milliseconds / 1e3 * memory_mb / 1024,
             puts=s3.get("puts", 0),
             lists=s3.get("lists", 0),
@@ -198,3 +228,18 @@ class Sender:
             content["cold"],
             content.get("peak_memory", 0),
         )
+
+
+async def _while_it_goes_on(run: Run, work: Coroutine[Any, Any, Reply]) -> Reply | None:
+    """Do local work, which unlike Lambda's can be stopped when the run has ended: then None."""
+    doing = asyncio.ensure_future(work)
+    end = asyncio.ensure_future(run.ended.wait())
+    try:
+        await asyncio.wait((doing, end), return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+    finally:
+        for each in (doing, end):
+            each.cancel()
+        await asyncio.gather(doing, end, return_exceptions=True)
+    return None

@@ -1,7 +1,7 @@
 """A run that stays open: calls are added one by one, and each has an end of its own.
 
-May import: dispatch, run, pickling, plan, graph, report, cost, config, failures, events, errors,
-the ground.
+May import: dispatch, run, placement, pickling, plan, graph, report, cost, config, failures, events,
+errors, the ground.
 
 A :class:`Session` is what the futures of an executor and the worker of a ``distributed`` cluster
 stand on.  Its calls go through the same state machine, payloads, workers and objects as the tasks
@@ -22,19 +22,20 @@ from concurrent.futures import CancelledError, Future
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from dask._task_spec import GraphNode
 from dask.utils import key_split
 
 from dask_lambda import errors, failures
-from dask_lambda.config import Settings
+from dask_lambda.config import MAX_TIMEOUT, Settings
 from dask_lambda.cost import Prices
 from dask_lambda.dispatch import Engine
 from dask_lambda.events import Failure, FailureKind, GroupsCancelled, KeysReleased, WindowChanged
 from dask_lambda.graph import short
 from dask_lambda.pickling import FunctionCache
-from dask_lambda.plan import Group, Priority
+from dask_lambda.placement import Declared, Offer, Placement, place
+from dask_lambda.plan import Group, Priority, Where
 from dask_lambda.report import CallReport, RunReport
 from dask_lambda.run import Result, Run, RunFailed, Sealed
 from lambda_worker import codec
@@ -52,7 +53,7 @@ class Call(Protocol):
     """
 
     def started(self) -> None:
-        """It was sent to Lambda, perhaps once more."""
+        """It was sent to Lambda, or elsewhere, perhaps once more."""
 
     def finished(self, report: CallReport) -> None:
         """Its result is there, in its :class:`Stored`."""
@@ -203,6 +204,7 @@ class _Submitted:
     task: GraphNode
     stored: Stored
     call: Call
+    failure: BaseException | None = None  #: why it cannot be run anywhere
 
 
 class Session:
@@ -226,6 +228,9 @@ class Session:
         self._released: deque[Key] = deque()
         self._awake = False
         self._end: BaseException | None = None  # why nothing can be added any more
+        memory_mb = engine.backend.invokers[0].memory_mb or settings.memory
+        self._offer = Offer.of(settings, memory_mb)
+        self._told = False  # that a call does not run on Lambda
         self._run: SessionRun = engine.open_run(
             SessionRun,
             inline_bytes=settings.inline_bytes,
@@ -253,8 +258,9 @@ class Session:
         retries: int = 0,
         memory: int = 0,
         timeout: float | None = None,
+        where: Where | None = None,
     ) -> Stored:
-        """Have a task run on Lambda as soon as its inputs are there.
+        """Have a task run, on Lambda if it can, as soon as its inputs are there.
 
         Parameters
         ----------
@@ -272,7 +278,11 @@ class Session:
         memory : int
             Bytes that it is said to need.
         timeout : float, optional
-            Seconds after which it is interrupted.
+            Seconds after which it is interrupted.  Who allows more than Lambda does, and leaves
+            ``where`` open, has it run elsewhere.
+        where : {"lambda", "local"}, optional
+            Default: on Lambda, unless the call declares more memory or time than Lambda has
+            (:mod:`dask_lambda.placement`).  A call that fits nowhere fails.
 
         Returns
         -------
@@ -283,10 +293,13 @@ class Session:
         ------
         InvocationError
             If the session is closed, or has ended for any other reason, which is then raised.
+        ConfigurationError
+            If ``where`` is no place.
         """
         if self._end is not None:
             raise self._end
         key: Key = task.key
+        placed, failure = self._place(key, where, memory, timeout)
         group = Group(
             (key,),
             tuple(inputs),
@@ -297,11 +310,30 @@ class Session:
             None,
             memory,
             timeout,
+            placed,
         )
         stored = Stored(self, key)
-        self._submitted.append(_Submitted(group, task, stored, call))
+        self._submitted.append(_Submitted(group, task, stored, call, failure))
         self._wake()
         return stored
+
+    def _place(
+        self, key: Key, where: Where | None, memory: int, timeout: float | None
+    ) -> tuple[Where, BaseException | None]:
+        """Decide where a call runs, or why it cannot run at all."""
+        if where not in (None, *get_args(Where)):
+            raise errors.ConfigurationError(f"where={where!r} must be 'lambda' or 'local'")
+        # A limit below Lambda's own says how long it may take, and not how long it takes.
+        seconds = timeout if timeout and timeout > MAX_TIMEOUT and self._offer.local else 0.0
+        name = self.shown(key)
+        try:
+            placed, why = place(name, Declared(where, memory, seconds), self._offer)
+        except errors.DaskLambdaError as error:
+            return "lambda", error
+        if why and not self._told:
+            self._told = True
+            Placement("lambda", {}, {name: why}).tell(lambda _: True)
+        return placed, None
 
     def put(self, key: Key, value: Any) -> Future[Stored]:
         """Begin to store a value for calls to read, as if it were the result of one.
@@ -409,8 +441,8 @@ class Session:
         groups = []
         while self._submitted:
             each = self._submitted.popleft()
-            if self._end is not None:
-                each.call.failed(self._end, "")
+            if (failure := self._end or each.failure) is not None:
+                each.call.failed(failure, "")
                 continue
             key = each.group.outputs[0]
             run.graph.tasks[key] = each.task

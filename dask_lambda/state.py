@@ -517,9 +517,7 @@ class State:
         else:
             self.window.sent(now)
         groups = tuple(job.spec for job in jobs)
-        out.append(
-            Invoke(self._counter, run.name, groups, tries, rung, speculative, spec.is_local)
-        )
+        out.append(Invoke(self._counter, run.name, groups, tries, rung, speculative, spec.is_local))
         for job in jobs:
             job.in_flight += 1
 

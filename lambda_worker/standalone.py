@@ -119,7 +119,7 @@ _of_thread = threading.local()
 
 
 class ForkedError(RuntimeError):
-    """This process is a fork of the client, which S3's client does not survive."""
+    """A process was forked from the client's, which S3's client does not survive."""
 
 
 def lend(token: str, bucket: Any) -> None:
@@ -218,7 +218,7 @@ def main() -> None:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # what is printed must not get between the replies
     tail = Tail(sys.stderr)
-    sys.stdout = sys.stderr = tail  # type: ignore[assignment]
+    sys.stdout = sys.stderr = tail
     first = _read(requests)
     settings = Settings(*pickle.loads(first))
     environment = Environment(settings.memory_mb, tail.note)

@@ -18,9 +18,11 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
     *("__main__", "cli", "__init__", "cleaning", "saved", "scheduler", "session", "resume"),
-    *("annotations", "dispatch", "sending", "objects", "run", "description", "stored"),
+    *("annotations", "placement"),
+    *("dispatch", "sending", "objects", "run", "description", "stored"),
     *("kept_folder", "kept_runs", "lifecycle"),
     *("simulate", "bounds", "timeline", "aws_model"),
+    "standalone",
     *(
         "invoke",
         "encode",
@@ -49,6 +51,7 @@ ENGINE = [
 #: The ground, likewise.
 GROUND = [
     *(
+        "standalone",
         "handler",
         "lease",
         "limits",
