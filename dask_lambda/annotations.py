@@ -16,12 +16,9 @@ from dask.base import get_annotations
 from dask.utils import parse_bytes
 
 from dask_lambda.errors import ConfigurationError
-from dask_lambda.placement import Declared, Offer, Placement, place
+from dask_lambda.placement import EVERY_TASK, Declared, Offer, Placement, place
 from dask_lambda.plan import Where
 from lambda_worker.protocol import Key
-
-#: In place of a key: what was active when the graph was computed, and is said of all its tasks.
-EVERY_TASK = "the computation"
 
 
 class Annotations:

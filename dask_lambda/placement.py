@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from dask_lambda.config import MAX_MEMORY, MAX_TIMEOUT, Settings
@@ -29,6 +29,8 @@ from lambda_worker.protocol import Key
 
 logger = logging.getLogger("dask_lambda")
 
+#: In place of a key: what was active when the graph was computed, and is said of all its tasks.
+EVERY_TASK = "the computation"
 #: How many tasks are named in one line of the log.
 NAMED = 5
 
@@ -200,7 +202,7 @@ class Placement:
     of : dict
         Of the others, by key.
     reasons : dict
-        Why, of those that Lambda cannot run.
+        Why, of those that Lambda cannot run; :data:`EVERY_TASK` stands for all.
     """
 
     usual: Where = "lambda"
@@ -211,27 +213,26 @@ class Placement:
         """Return where a task runs."""
         return self.of.get(key, self.usual)
 
-    def tell(self, has: Callable[[Key], bool]) -> None:
+    def tell(self, tasks: Container[Key]) -> None:
         """Say which tasks do not run on Lambda although nobody has asked for that.
 
         Parameters
         ----------
-        has : callable
-            Whether a task is run at all.
+        tasks : container of key
+            That are run at all.
         """
-        tasks = [key for key in self.reasons if has(key)]
-        if not tasks:
-            return
-        named = [f"{key!r} ({self.reasons[key]})" for key in tasks[:NAMED]]
-        more = f", and {len(tasks) - NAMED} more" if len(tasks) > NAMED else ""
-        logger.warning(
-            "%d of the tasks run outside of Lambda, since no function that is configured can run "
-            "them: %s%s. They would run on Lambda if they declared less than a function has "
-            "(dask-lambda.memory up to %s MB or dask-lambda.larger-functions, dask-lambda.timeout "
-            "up to %d s)",
-            len(tasks),
-            ", ".join(named),
-            more,
-            f"{MAX_MEMORY:,}",
-            MAX_TIMEOUT,
-        )
+        found = {key: why for key, why in self.reasons.items() if key in tasks}
+        named = [f"{key!r} ({why})" for key, why in list(found.items())[:NAMED]]
+        if not named and self.usual == "local" and EVERY_TASK in self.reasons:
+            named = [f"all of {EVERY_TASK} ({self.reasons[EVERY_TASK]})"]
+        if named:
+            logger.warning(
+                "outside of Lambda, since no function that is configured can run them, run these "
+                "tasks: %s%s. They run on Lambda if they declare no more than a function has "
+                "(dask-lambda.memory and dask-lambda.larger-functions up to %s MB, "
+                "dask-lambda.timeout up to %d s)",
+                ", ".join(named),
+                f", and {len(found) - NAMED} more" if len(found) > NAMED else "",
+                f"{MAX_MEMORY:,}",
+                MAX_TIMEOUT,
+            )

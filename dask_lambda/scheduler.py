@@ -23,7 +23,7 @@ from dask.local import nested_get
 
 from dask_lambda import graph as graphs
 from dask_lambda import signals
-from dask_lambda.annotations import EVERY_TASK, Annotations
+from dask_lambda.annotations import Annotations
 from dask_lambda.backend import open_backend, usual_window
 from dask_lambda.callbacks import Callbacks
 from dask_lambda.config import Settings, check_names
@@ -617,7 +617,7 @@ class _Planner:
     def tell(self) -> None:
         """Say what does not run on Lambda although nobody has asked for that."""
         if self._places is not None:
-            self._places.tell(lambda key: key == EVERY_TASK or key in self._graph.tasks)
+            self._places.tell(self._graph.tasks)
 
     def learn(self, group: Group, measured: Mapping[str, Sequence[float]]) -> None:
         """Take note of what a worker measured."""

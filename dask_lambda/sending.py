@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -101,14 +101,11 @@ class Sender:
             return Failure(FailureKind.FATAL)
         sent = time.monotonic()
         with run.encoder.lease.held():
-            reply: Reply | None
+            reply: Reply
             if instruction.local:
-                reply = await _while_it_goes_on(run, invoker.invoke(payload))
+                reply = await invoker.invoke(payload, run.ended)
             else:
                 reply = await invoker.invoke(payload)
-        if reply is None:
-            run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
-            return Failure(FailureKind.CANCELLED)
         if instruction.local:
             self._count_local(run, instruction, reply)
         elif (
@@ -228,18 +225,3 @@ class Sender:
             content["cold"],
             content.get("peak_memory", 0),
         )
-
-
-async def _while_it_goes_on(run: Run, work: Coroutine[Any, Any, Reply]) -> Reply | None:
-    """Do local work, which unlike Lambda's can be stopped when the run has ended: then None."""
-    doing = asyncio.ensure_future(work)
-    end = asyncio.ensure_future(run.ended.wait())
-    try:
-        await asyncio.wait((doing, end), return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
-    finally:
-        for each in (doing, end):
-            each.cancel()
-        await asyncio.gather(doing, end, return_exceptions=True)
-    return None

@@ -332,7 +332,7 @@ class Session:
             return "lambda", error
         if why and not self._told:
             self._told = True
-            Placement("lambda", {}, {name: why}).tell(lambda _: True)
+            Placement(reasons={name: why}).tell({name})
         return placed, None
 
     def put(self, key: Key, value: Any) -> Future[Stored]:

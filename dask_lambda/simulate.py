@@ -20,7 +20,7 @@ import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dask_lambda.aws_model import AwsModel
@@ -144,7 +144,7 @@ def simulate(
     seed: int = 0,
     speculate: bool = True,
 ) -> Simulation:
-    """Run a graph in virtual time.
+    """Run a graph in virtual time; what would run outside of Lambda is taken for what runs there.
 
     Parameters
     ----------
@@ -173,6 +173,8 @@ def simulate(
     """
     if not isinstance(truth, Estimates):
         truth = truth(plan.graph)
+    if any(group.is_local for group in plan.groups):
+        plan = replace(plan, groups=tuple(replace(it, where="lambda") for it in plan.groups))
     run = _Run(
         plan.graph, plan, truth, aws, window, inline_bytes, keep_results, policy, seed, speculate
     )

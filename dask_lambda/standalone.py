@@ -1,6 +1,6 @@
 """Invocations that are no Lambda's: tasks that run on machines of the user's own.
 
-May import: failures, invoke (for :class:`Reply`), replies, the ground.
+May import: failures, events, invoke (for :class:`Reply`), replies, the ground.
 
 What is sent to Lambda is sent to a local process instead, byte for byte, and served there by the
 same handler, which reads and writes the same objects in S3.  So to the engine this is one more
@@ -28,6 +28,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from dask_lambda import failures, replies
+from dask_lambda.events import Failure, FailureKind
 from dask_lambda.invoke import Reply
 from lambda_worker import standalone
 from lambda_worker.memory import machine_memory
@@ -55,8 +56,24 @@ class LocalInvoker(Protocol):
     async def close(self) -> None:
         """End what is going on, and let go of everything."""
 
-    async def invoke(self, payload: bytes) -> Reply:
-        """Have a request served.  To be cancelled if nobody wants it any more."""
+    async def invoke(self, payload: bytes, unwanted: asyncio.Event) -> Reply:
+        """Have a request served, or not if that is unwanted before.
+
+        Whatever is served returns after the end of that, and so after the last object is written.
+        """
+
+
+_UNWANTED = Failure(FailureKind.CANCELLED)
+
+
+async def _first(doing: asyncio.Future[Any], unwanted: asyncio.Event) -> bool:
+    """Wait for the end of some work, or until it is unwanted; tell whether it has ended."""
+    waiting = asyncio.ensure_future(unwanted.wait())
+    try:
+        await asyncio.wait((doing, waiting), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+    return doing.done()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,7 +204,18 @@ class ProcessInvoker:
         busy, self._busy = self._busy, set()
         await asyncio.gather(*(p.kill() for p in busy), *(p.end() for p in idle))
 
-    async def invoke(self, payload: bytes) -> Reply:
+    async def invoke(self, payload: bytes, unwanted: asyncio.Event) -> Reply:
+        """Have a request served; the process that serves it is killed if that is unwanted."""
+        doing = asyncio.ensure_future(self._serve(payload))
+        try:
+            if await _first(doing, unwanted):
+                return doing.result()
+        finally:
+            doing.cancel()
+            await asyncio.gather(doing, return_exceptions=True)
+        return Reply(None, _UNWANTED)
+
+    async def _serve(self, payload: bytes) -> Reply:
         """Have a request served in a process that has nothing else to do, or a new one."""
         process = None
         while self._idle and process is None:
@@ -242,6 +270,8 @@ class ExecutorInvoker:
         if hasattr(executor, "get_executor"):  # a client of distributed, whose machines may be any
             self.memory_mb, self.slots = None, CLUSTER_SLOTS
             executor = executor.get_executor(pure=False)
+        # It says of nothing whether it has begun.
+        self._may_cancel = self.memory_mb is not None
         self._executor = executor
         self._bucket, self._open = bucket, open_bucket
         self._token = str(uuid.uuid4())
@@ -251,15 +281,20 @@ class ExecutorInvoker:
         """Let go of the executor."""
         standalone.take_back(self._token)
 
-    async def invoke(self, payload: bytes) -> Reply:
-        """Have a request served by the executor."""
+    async def invoke(self, payload: bytes, unwanted: asyncio.Event) -> Reply:
+        """Have a request served by the executor, unless that is unwanted before it has begun."""
         errand = standalone.Errand(payload, self._bucket, self._open, self._token)
         try:
             future: Future[standalone.Answer] = self._executor.submit(errand)
-            answer = await asyncio.wrap_future(future)
+            doing = asyncio.wrap_future(future)
+            if not await _first(doing, unwanted) and self._may_cancel:
+                future.cancel()
+            answer = await doing
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
+            if unwanted.is_set():
+                return Reply(None, _UNWANTED, ran=False)
             return Reply(None, failures.from_executor(self.function, "it was cancelled"))
         except Exception as error:  # noqa: BLE001  of an executor that may be anybody's
             text = f"{type(error).__name__}: {error}"

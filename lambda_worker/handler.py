@@ -102,6 +102,7 @@ class Environment:
         """Let go of all of it, when nothing is served any more."""
         for pool in (self.fetching, self.uploading, self.looking):
             pool.shutdown(wait=False)
+        self.cache = Cache(0)
 
 
 def _to_stderr(line: str) -> None:

@@ -36,8 +36,8 @@ MAX_PAYLOAD_BYTES = 6_291_456
 #: and the JSON around them stay below :data:`MAX_PAYLOAD_BYTES`.
 MAX_INLINE_TOTAL_BYTES = 4_400_000
 
-#: Nobody writes larger objects: they do not fit into a function's memory (10,240 MB).
-MAX_OBJECT_BYTES = 10_240 * 2**20
+#: Nobody writes larger objects: S3 takes 10,000 parts, and they are of 16 MB (store.Parts).
+MAX_OBJECT_BYTES = 10_000 * 16 * 2**20
 
 #: Leading hex digits of an object name that spread the objects of a run over S3 partitions
 #: (3,500 PUT and 5,500 GET a second for each partitioned prefix).

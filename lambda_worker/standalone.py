@@ -111,6 +111,7 @@ def answer(payload: bytes, environment: Environment, tail: Tail) -> Answer:
 class _Opened(NamedTuple):
     pid: int
     bucket: Any
+    environments: list[Environment]  #: those of threads that use it
 
 
 #: The buckets that clients in this process have opened, by their tokens.
@@ -124,12 +125,14 @@ class ForkedError(RuntimeError):
 
 def lend(token: str, bucket: Any) -> None:
     """Let what is served in this very process use a client's own way to a bucket."""
-    _opened[token] = _Opened(os.getpid(), bucket)
+    _opened[token] = _Opened(os.getpid(), bucket, [])
 
 
 def take_back(token: str) -> None:
     """Undo :func:`lend`."""
-    _opened.pop(token, None)
+    if (opened := _opened.pop(token, None)) is not None:
+        for environment in opened.environments:
+            environment.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,7 @@ class Errand:
             environment.use(self.bucket, self.open())
         elif opened.pid == os.getpid():
             environment.use(self.bucket, opened.bucket)
+            opened.environments.append(environment)
         else:
             raise ForkedError("this process was forked from the client's")
         return environment, tail

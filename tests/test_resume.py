@@ -104,6 +104,20 @@ def test_a_computation_that_was_finished_is_not_done_again(
     assert set(marks.counts().values()) == {1}
 
 
+def test_what_ran_outside_of_lambda_is_not_done_again_either(
+    connect: Connect, marks: Marks
+) -> None:
+    first = delayed(marked)(marks.path, "first", 1)
+    with dask.annotate(where="local"):
+        second = delayed(marked)(marks.path, "second", first)
+    last = delayed(marked)(marks.path, "last", second)
+    assert second.compute(scheduler=connect(resume="mixed", keep=True)) == 1
+    assert last.compute(scheduler=connect(resume="mixed", keep=True)) == 1
+    assert report().reused == 2
+    assert report().local_tasks == 0
+    assert marks.counts() == {"first": 1, "second": 1, "last": 1}
+
+
 def test_without_a_name_nothing_stays(connect: Connect, marks: Marks, bucket_names: Names) -> None:
     assert chain(marks).compute(scheduler=connect()) == 10
     assert not bucket_names()
