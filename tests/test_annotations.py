@@ -127,12 +127,12 @@ def test_what_is_no_number_is_refused_with_the_task_that_says_so(
 @pytest.mark.local
 @pytest.mark.parametrize("plan", ["auto", "none"])
 def test_a_task_that_needs_more_memory_than_the_function_has_is_refused(plan: str) -> None:
-    collection = row(second={"memory": "20 GB"})
-    with pytest.raises(OutOfMemoryError, match=r"'second'.*20 GB.*1,769 MB"):
+    collection = row(second={"memory": "5 GB"})
+    with pytest.raises(OutOfMemoryError, match=r"'second' declares 4,768 MB.*1,769 MB"):
         collection.compute(scheduler=lambda_get, plan=plan)
     with (
-        dask.annotate(memory="20 GB"),
-        pytest.raises(OutOfMemoryError, match=r"20 GB.*1,769 MB"),
+        dask.annotate(memory="5 GB"),
+        pytest.raises(OutOfMemoryError, match=r"4,768 MB.*1,769 MB"),
     ):
         row().compute(scheduler=lambda_get, plan=plan)
 
@@ -142,7 +142,7 @@ def test_nothing_is_sent_when_a_task_is_refused() -> None:
     row().compute(scheduler=lambda_get)
     before = report()
     with pytest.raises(OutOfMemoryError):
-        row(third={"memory": "20 GB"}).compute(scheduler=lambda_get)
+        row(third={"memory": "5 GB"}).compute(scheduler=lambda_get)
     after = report()
     assert after is before or after.invocations == 0
 
