@@ -12,7 +12,8 @@ from dask_lambda.report import RunCounts, RunReport
 from lambda_worker.store import Counts
 
 FIELDS = [
-    *("tasks", "reused", "invocations", "cold_starts", "retries", "throttles", "speculative"),
+    *("tasks", "local_tasks", "reused", "invocations", "cold_starts", "retries", "throttles"),
+    "speculative",
     *("wall_seconds", "compute_seconds", "billed_gb_seconds"),
     *("s3_puts", "s3_gets", "s3_lists", "s3_deletes", "bytes_written", "bytes_read"),
     *("cache_hits", "peak_memory_mb", "cost_usd", "failed"),
@@ -66,6 +67,16 @@ def test_half_the_memory_is_half_the_gigabyte_seconds():
     counts.add_reply(reply(milliseconds=1000, memory_mb=512), None)
     counts.add_billed(1000, 1536)
     assert counts.billed_gb_seconds == pytest.approx(0.5 + 1.5)
+
+
+def test_what_is_served_elsewhere_is_not_billed_but_its_requests_are_counted():
+    counts = RunCounts()
+    s3 = {"gets": 2, "puts": 1, "lists": 0, "deletes": 0, "bytes_read": 30, "bytes_written": 7}
+    counts.add_work(reply(cold=True, s3=s3, peak_memory=2**30))
+    assert counts.billed_gb_seconds == 0
+    assert counts.cold_starts == 0
+    assert counts.workers == Counts(2, 1, 0, 0, 30, 7)
+    assert counts.peak_memory_mb == 1024
 
 
 def test_cold_starts_and_requests_of_the_workers_are_summed_up():
