@@ -101,9 +101,8 @@ class Annotations:
         if where is None and memory is None and seconds is None:
             return None
         found = Placement()
-        said = {
-            key for name in ("where", "memory", "seconds") for key in self._of_keys.get(name, ())
-        }
+        names = ("where", "memory", "seconds")
+        said = dict.fromkeys(key for name in names for key in self._of_keys.get(name, ()))
         for key in (EVERY_TASK, *said):
             declared = Declared(
                 where(key) if where else None,

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 from botocore.credentials import Credentials as Botocore
@@ -95,6 +96,30 @@ def logged_in(
 
 def inc(x: Any) -> Any:
     return x + 1
+
+
+@pytest.mark.local
+def test_a_process_of_this_machine_looks_for_new_credentials_too(
+    proxy: Expiring,
+    logged_in: LambdaScheduler,
+    log_in: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(credentials, "REFRESH_SECONDS", 0.0)
+    old = log_in()
+    new: list[str] = []
+
+    def when_refused() -> None:
+        if not new:
+            new.append(log_in())
+
+    with dask.annotate(where="local"):
+        first, second = delayed(inc)(1), delayed(inc)(2)
+    assert first.compute(scheduler=logged_in, inline_bytes=0) == 2  # by the process that goes on
+    proxy.when_refused, proxy.expired = when_refused, {old}
+    assert second.compute(scheduler=logged_in, inline_bytes=0) == 3
+    assert proxy.refused[0] == "put"
+    assert report().retries == 1
 
 
 @pytest.mark.local

@@ -34,6 +34,7 @@ from dask_lambda.errors import (
 from dask_lambda.local import LocalAWS
 from dask_lambda.report import CallReport
 from lambda_worker import protocol
+from lambda_worker.standalone import Errand
 from tests.helpers import eventually, notes, report
 
 pytestmark = pytest.mark.local
@@ -253,6 +254,11 @@ def test_the_credentials_are_in_no_command_line_environment_or_log(
     assert aws.secret_access_key not in caplog.text
 
 
+def test_an_executor_that_logs_what_it_runs_logs_no_secret() -> None:
+    errand = Errand(b'{"secrets": {"run": "hidden"}}', "bucket", lambda: "hidden", "hidden")
+    assert "hidden" not in f"{errand!r} {errand}"
+
+
 # -- what is configured ----------------------------------------------------------------------------
 
 
@@ -272,8 +278,9 @@ def test_what_declares_more_time_than_lambda_has_runs_here_and_says_so(
 
 
 def test_what_fits_nowhere_is_refused_before_anything_is_sent(scheduler: LambdaScheduler) -> None:
+    first = delayed(whereabouts)()
     with dask.annotate(memory="900 TB"):
-        huge = delayed(whereabouts)(delayed(whereabouts)(), dask_key_name="huge")
+        huge = delayed(whereabouts)(first, dask_key_name="huge")
     before = report()
     with pytest.raises(OutOfMemoryError, match=r"'huge' fits nowhere.*1,769 MB.*this machine"):
         huge.compute(scheduler=scheduler)
