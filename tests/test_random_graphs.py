@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from dask_lambda import LambdaScheduler, lambda_get
 from dask_lambda.cost_model import CostModel
 from dask_lambda.graph import Graph
-from dask_lambda.plan import Group, Plan, make_plan
+from dask_lambda.plan import Group, Plan, Where, make_plan
 from tests.helpers import check_plan
 
 pytestmark = pytest.mark.local
@@ -136,12 +136,18 @@ def test_lambda_gives_it_however_tasks_are_put_together(
 ) -> None:
     dsk, wanted = drawn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dask_lambda.scheduler.make_plan", partial(random_plan, Random(seed)))
+        patch.setattr("dask_lambda.scheduler.make_plan", partial(random_plan, Random(seed), PLACES))
         agrees(scheduler.get, dsk, wanted)
 
 
-def random_plan(random: Random, graph: Graph, *, finalise: bool = True, **others: Any) -> Plan:
-    """Put tasks together at random, as long as it can be run; repeat some in their readers."""
+#: Most of it on Lambda.
+PLACES: tuple[Where, ...] = ("lambda", "lambda", "local")
+
+
+def random_plan(
+    random: Random, sites: tuple[Where, ...], graph: Graph, *, finalise: bool = True, **others: Any
+) -> Plan:
+    """Put tasks together, here and there at random, as long as it can be run; repeat some."""
     alone = make_plan(graph, mode="none", finalise=finalise)
     keep = alone.keep
     readers: dict[Any, list[Any]] = {key: [] for key in graph.tasks}
@@ -182,7 +188,9 @@ def random_plan(random: Random, graph: Graph, *, finalise: bool = True, **others
         tasks = tuple(key for key in order if key in inside)
         reads = {d for key in tasks for d in graph.dependencies(key)} & home.keys()
         kind, seconds = random.choice("ab"), random.choice([None, 0.0])
-        groups.append(Group(tasks, tuple(reads - inside), outputs, place, 0, kind, seconds))
+        where: Where = random.choice(sites)
+        inputs = tuple(reads - inside)
+        groups.append(Group(tasks, inputs, outputs, place, 0, kind, seconds, where=where))
     plan = replace(alone, groups=tuple(groups), repeated=frozenset(repeated), mode="auto")
     check_plan(graph, plan, known=False)
     return plan
@@ -230,7 +238,9 @@ def test_linear_algebra_has_the_same_bits_however_tasks_are_put_together(
     if how == "all sums cut":
         monkeypatch.setattr("dask_lambda.scheduler.CostModel", CutsAll)
     elif how == "at random":
-        monkeypatch.setattr("dask_lambda.scheduler.make_plan", partial(random_plan, Random(11)))
+        monkeypatch.setattr(
+            "dask_lambda.scheduler.make_plan", partial(random_plan, Random(11), ("lambda",))
+        )
     found = ALGEBRA[name]().compute(scheduler=lambda_get)
     assert found.tobytes() == one_by_one[name]
 
