@@ -19,12 +19,15 @@ import base64
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 from dask_lambda import failures, replies
@@ -88,10 +91,10 @@ class _Ended(Exception):
 class _Process:
     """One process that serves requests, one at a time."""
 
-    def __init__(self, process: asyncio.subprocess.Process):
+    def __init__(self, process: asyncio.subprocess.Process, folder: str):
         assert process.stdin is not None
         assert process.stdout is not None
-        self._process = process
+        self._process, self._folder = process, folder
         self._requests, self._replies = process.stdin, process.stdout
 
     @property
@@ -103,7 +106,7 @@ class _Process:
         return self._process.pid
 
     @classmethod
-    async def start(cls, settings: standalone.Settings) -> _Process:
+    async def start(cls, bucket: str, open_bucket: Callable[[], Any], memory_mb: int) -> _Process:
         """Start one.
 
         Raises
@@ -111,17 +114,23 @@ class _Process:
         _Ended
             If it ended before it was ready.
         """
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            _PROGRAM,
-            json.dumps(sys.path),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONHASHSEED": HASH_SEED},
-            start_new_session=True,  # Ctrl-C is for the client, which decides what it means
-        )
-        started = cls(process)
+        folder = tempfile.mkdtemp(prefix="lambda_worker-")
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                _PROGRAM,
+                json.dumps(sys.path),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONHASHSEED": HASH_SEED, "TMPDIR": folder},
+                start_new_session=True,  # Ctrl-C is for the client, which decides what it means
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        started = cls(process, folder)
+        settings = standalone.Settings(bucket, open_bucket, memory_mb, folder)
         try:
             await started._send(pickle.dumps(tuple(settings)))
             await started._receive()
@@ -159,16 +168,20 @@ class _Process:
         """Let it end, since nobody has work for it; return its exit code."""
         self._requests.close()
         try:
-            return await asyncio.wait_for(self._process.wait(), END_SECONDS)
+            code = await asyncio.wait_for(self._process.wait(), END_SECONDS)
         except TimeoutError:
             return await self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return code
 
     async def kill(self) -> int:
         """End it whatever it does; return its exit code."""
         with suppress(ProcessLookupError):
             self._process.kill()
         self._requests.close()
-        return await self._process.wait()
+        code = await self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return code
 
 
 class ProcessInvoker:
@@ -189,7 +202,7 @@ class ProcessInvoker:
     def __init__(self, bucket: str, open_bucket: Callable[[], Any], slots: int):
         self.slots = slots
         self.memory_mb = machine_memory() // 2**20
-        self._settings = standalone.Settings(bucket, open_bucket, self.memory_mb // slots)
+        self._start = partial(_Process.start, bucket, open_bucket, self.memory_mb // slots)
         self._idle: list[_Process] = []
         self._busy: set[_Process] = set()
 
@@ -224,7 +237,7 @@ class ProcessInvoker:
                 await process.kill()
                 process = None
         try:
-            process = process or await _Process.start(self._settings)
+            process = process or await self._start()
         except (_Ended, OSError) as error:
             return Reply(None, failures.from_local_start(str(error)), ran=False)
         self._busy.add(process)

@@ -15,16 +15,21 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing.util import Finalize
 from queue import SimpleQueue
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from lambda_worker.handler import Environment, serve
 from lambda_worker.memory import machine_memory
+from lambda_worker.modules import LocalModules
 
 #: Bytes of a log that are handed back: as many as Lambda's ``LogType=Tail``.
 TAIL_BYTES = 4096
@@ -96,16 +101,66 @@ class Tail(io.TextIOBase):
         return kept
 
 
-def answer(payload: bytes, environment: Environment, tail: Tail) -> Answer:
+def answer(event: dict[str, Any], environment: Environment, tail: Tail) -> Answer:
     """Serve one request."""
     context = Context(machine_memory() // 2**20, str(uuid.uuid4()))
-    reply = serve(json.loads(payload), context, environment)
+    reply = serve(event, context, environment)
     return Answer(json.dumps(reply).encode(), tail.take())
 
 
 # ---------------------------------------------------------------------------------------------
 # in anybody's executor
 # ---------------------------------------------------------------------------------------------
+
+
+class _NoModules:
+    """For threads of the client's own process, in which its modules are found anyway."""
+
+    def use(self, digest: str | None, fetch: Callable[[], Any]) -> None:
+        """Do nothing."""
+
+    def held(self, digest: str | None) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+
+class SharedModules:
+    """The user's own modules in a process that may serve several requests at a time.
+
+    Requests that need the same modules are served together, others wait.
+    """
+
+    def __init__(self) -> None:
+        self._modules = LocalModules()
+        self._unpacking = threading.Lock()
+        self._changed = threading.Condition()
+        self._digest: str | None = None
+        self._users = 0
+        Finalize(None, self._modules.close, exitpriority=10)
+
+    def use(self, digest: str | None, fetch: Callable[[], Any]) -> None:
+        """See :class:`LocalModules`; while they are :meth:`held`."""
+        with self._unpacking:
+            self._modules.use(digest, fetch)
+
+    @contextmanager
+    def held(self, digest: str | None) -> Iterator[None]:
+        """Wait until these modules may be used, and keep others away."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users or self._digest == digest)
+            self._digest = digest
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+
+@cache
+def _modules_of_process() -> SharedModules:
+    return SharedModules()
 
 
 class _Opened(NamedTuple):
@@ -168,29 +223,27 @@ class Errand:
         ------
         ForkedError
         """
+        opened = _opened.get(self.token)
+        if opened is not None and opened.pid != os.getpid():
+            raise ForkedError("this process was forked from the client's")
+        modules = _NoModules() if opened else _modules_of_process()
         found = getattr(_of_thread, "environment", None)
         if found is None or found[0] != self.token:
             if found is not None:  # of another client
                 found[1].close()
-            found = _of_thread.environment = self.token, *self._environment()
+            tail = Tail()
+            environment = Environment(log=tail.note, modules=modules)
+            found = _of_thread.environment = self.token, environment, tail
+            environment.use(self.bucket, opened.bucket if opened else self.open())
+            if opened:
+                opened.environments.append(environment)
         _, environment, tail = found
-        done = answer(self.payload, environment, tail)
+        event = json.loads(self.payload)
+        with modules.held((event.get("modules") or {}).get("digest")):
+            done = answer(event, environment, tail)
         if _has_expired(done.reply):
             _of_thread.environment = None
         return done
-
-    def _environment(self) -> tuple[Environment, Tail]:
-        tail = Tail()
-        environment = Environment(log=tail.note)
-        opened = _opened.get(self.token)
-        if opened is None:
-            environment.use(self.bucket, self.open())
-        elif opened.pid == os.getpid():
-            environment.use(self.bucket, opened.bucket)
-            opened.environments.append(environment)
-        else:
-            raise ForkedError("this process was forked from the client's")
-        return environment, tail
 
 
 def _has_expired(reply: bytes) -> bool:
@@ -209,6 +262,7 @@ class Settings(NamedTuple):
     bucket: str
     open: Callable[[], Any]
     memory_mb: int  #: that it may take
+    folder: str  #: for temporary files: removed with the process
 
 
 def main() -> None:
@@ -228,22 +282,24 @@ def main() -> None:
     environment = Environment(settings.memory_mb, tail.note)
     environment.use(settings.bucket, settings.open())
     inbox: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
+    listening = requests, inbox, settings.folder
+    threading.Thread(target=_listen, args=listening, daemon=True).start()
     _write(replies, READY)
     while True:
-        done = answer(inbox.get(), environment, tail)
+        done = answer(json.loads(inbox.get()), environment, tail)
         _write(replies, done.log)
         _write(replies, done.reply)
         if _has_expired(done.reply):
             environment.use(settings.bucket, settings.open())
 
 
-def _listen(requests: BinaryIO, inbox: SimpleQueue[bytes]) -> None:
+def _listen(requests: BinaryIO, inbox: SimpleQueue[bytes], folder: str) -> None:
     """Read requests; end the process, whatever it does, when there can be no more."""
     try:
         while True:
             inbox.put(_read(requests))
     except (EOFError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)  # if the client cannot, since it was killed
         os._exit(0)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -203,6 +205,29 @@ def test_nothing_is_left_of_a_scheduler_that_was_closed() -> None:
         _, pid, _ = delayed(whereabouts)().compute(scheduler=own)
         assert is_running(pid)
     assert not is_running(pid)
+
+
+def test_local_modules_are_there_and_no_temporary_file_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "of_mine_alone.py").write_text("def double(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    double = importlib.import_module("of_mine_alone").double
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    spawn = multiprocessing.get_context("spawn")
+    with ThreadPoolExecutor(2) as threads, ProcessPoolExecutor(1, spawn) as processes:
+        for executor in ("auto", threads, processes):
+            with LambdaScheduler(local_executor=executor) as own, here():
+                assert delayed(double)(21).compute(scheduler=own) == 42
+                if executor == "auto":
+                    with pytest.raises(WorkerDiedError):
+                        delayed(kills_itself)().compute(scheduler=own)
+            assert sys.modules["of_mine_alone"].double is double
+    assert not list(temporary.glob("lambda_worker-*"))
 
 
 SCRIPT = """
