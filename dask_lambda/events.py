@@ -134,11 +134,14 @@ class GroupsCancelled:
         One of each group.
     in_flight : bool
         Whether also those that an invocation runs: what it brings is then discarded.
+    failure : Failure
+        What is said of them.
     """
 
     run: str
     outputs: tuple[Key, ...]
     in_flight: bool = False
+    failure: Failure = Failure(FailureKind.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -438,20 +438,25 @@ class Session:
         """Do what was asked for: first what is added, since only that may need anything."""
         self._awake = False
         run, engine = self._run, self.engine
-        groups = []
+        groups, refused = [], []
         while self._submitted:
             each = self._submitted.popleft()
-            if (failure := self._end or each.failure) is not None:
-                each.call.failed(failure, "")
+            if self._end is not None:
+                each.call.failed(self._end, "")
                 continue
             key = each.group.outputs[0]
             run.graph.tasks[key] = each.task
             run.calls[key] = each.stored, each.call
             groups.append(each.group)
+            if each.failure is not None:
+                refused.append((key, each.failure))
         if run.over:  # whose end is about to be told
             return
         if groups:
             engine.add(run, groups)
+        for key, error in refused:  # before anything is sent, and with it what waits for it
+            failure = Failure(FailureKind.FATAL, error)
+            engine.handle(GroupsCancelled(run.name, (key,), in_flight=True, failure=failure))
         while self._cancelled:
             key, in_flight = self._cancelled.popleft()
             engine.handle(GroupsCancelled(run.name, (key,), in_flight))

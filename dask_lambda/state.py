@@ -99,7 +99,6 @@ _OUTSIDE = frozenset({FailureKind.TRANSIENT, FailureKind.EXPIRED})
 _REFUSED = frozenset({FailureKind.THROTTLED, FailureKind.RATE_LIMITED})
 #: Failures that end a run whatever else is in flight.
 _FINAL = frozenset({FailureKind.FATAL, FailureKind.BUDGET})
-_CANCELLED = Failure(FailureKind.CANCELLED)
 
 
 class State:
@@ -614,7 +613,7 @@ class State:
         for key in event.outputs:
             job = run.jobs.get(key)
             if job is not None and (event.in_flight or not job.in_flight):
-                self._give_up(job, _CANCELLED, job.spec, out)
+                self._give_up(job, event.failure, job.spec, out)
         self._end_if_done(run, out)
 
     def _release(self, name: str, keys: Iterable[Key], out: list[Instruction]) -> None:

@@ -19,6 +19,7 @@ from dask_lambda.errors import (
     BudgetExceededError,
     FunctionTimeoutError,
     InvocationError,
+    OutOfMemoryError,
     UnserializableError,
 )
 from tests.helpers import eventually, notes
@@ -152,6 +153,16 @@ def test_a_failure_is_that_of_the_call_and_of_those_that_read_it_alone(call: Cal
     assert value(good) == 6
     with pytest.raises(ArithmeticError, match="no way"):
         value(call(double, bad))
+
+
+def test_a_call_that_fits_nowhere_fails_with_those_that_wait_for_it(call: Calls) -> None:
+    bad, heard = call(double, 1, memory=2**60)
+    reader = call(double, bad)[1]
+    for each in (heard, reader):
+        with pytest.raises(OutOfMemoryError, match="double-1"):
+            each.end.result(60)
+    assert call.session.report().invocations == 0
+    assert value(call(double, 2)) == 4
 
 
 def test_the_log_of_a_call_that_failed_is_there(call: Calls) -> None:
