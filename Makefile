@@ -48,14 +48,19 @@ test soak conformance bench bench-peers: export TMPDIR := $(CURDIR)/$(VENV)/tmp
 $(VENV)/tmp: $(INSTALLED)
 	@mkdir -p $@
 
+# So many processes share the tests, each with an embedded AWS of its own: they wait as much as they
+# compute, and two cores are busy with two. JOBS=0 runs them one after the other, in this process.
+JOBS ?= 2
+
 test: $(INSTALLED) $(VENV)/tmp ## Run our tests, then a sample of Dask's own tests on Lambda
 	@echo "==> Our tests"
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile
 	@echo "==> Dask's own tests (a sample)"
-	@$(BIN)/python -m tests.conformance --sample
+	@$(BIN)/python -m tests.conformance --sample -n $(JOBS) --dist worksteal
 	@echo "==> Part of them with one invocation for each task"
 	@DASK_DASK_LAMBDA__PLAN=none $(BIN)/python -m tests.conformance --sample \
-	    dask.tests.test_delayed dask.bag.tests.test_bag dask.array.tests.test_reductions
+	    dask.tests.test_delayed dask.bag.tests.test_bag dask.array.tests.test_reductions \
+	    -n $(JOBS) --dist worksteal
 
 # SOAK="--seed 7 --runs 1" repeats one run; --help says what else there is.
 SOAK ?= --minutes 15

@@ -6,6 +6,9 @@ bytes are put into every task that calls it.
 
 On the way it is noted which modules a worker will import: those of functions, classes and modules
 that are pickled by name, and those that the code of functions imports that are pickled by value.
+
+Code that is pickled by value keeps the name of its file, for the tracebacks of what fails on
+Lambda: cloudpickle puts a constant there since 3.1.3.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import io
 import pickle
 from collections.abc import Callable
 from functools import lru_cache
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -29,6 +32,9 @@ MAX_FUNCTION_BYTES = 16 * 1024
 MAX_FUNCTIONS = 1000
 #: What is no function of Python's and is pickled by name all the same.
 _NAMED = (BuiltinFunctionType, type(lru_cache(abs)))
+
+#: What cloudpickle writes for the file of any code.
+_NO_FILE = "<dynamic-code>"
 
 
 class FunctionCache:
@@ -101,7 +107,7 @@ class FunctionCache:
 
 
 class _Observer(cloudpickle.Pickler):
-    """Does what cloudpickle does, and has the cache look at it."""
+    """Does what cloudpickle does, has the cache look at it, and keeps the names of files."""
 
     def __init__(
         self,
@@ -113,6 +119,9 @@ class _Observer(cloudpickle.Pickler):
         self._functions = functions
 
     def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is CodeType:
+            make, arguments = self.dispatch_table[CodeType](obj)
+            return make, tuple(obj.co_filename if it == _NO_FILE else it for it in arguments)
         reduced = super().reducer_override(obj)
         if issubclass(type(obj), _OBSERVED):  # which evaluates no lazy proxy
             self._functions.observe(obj, reduced)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import re
 import sys
 import time
 from collections import defaultdict
@@ -29,6 +30,11 @@ def report() -> RunReport:
     found = last_report()
     assert found is not None
     return found
+
+
+def shown(value: object) -> str:
+    """What ``str`` gives, without addresses: a test has the same name in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def notes(error: BaseException) -> str:

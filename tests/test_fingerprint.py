@@ -20,7 +20,7 @@ from dask import delayed
 
 from dask_lambda import fingerprint
 from dask_lambda.fingerprint import fingerprints
-from tests.helpers import graph_of
+from tests.helpers import graph_of, shown
 
 ROOT = Path(fingerprint.__file__).parents[1]
 
@@ -317,7 +317,7 @@ def test_keys_are_not_part_of_it() -> None:
         (np.float32(1), np.float64(1)),
         (int, float),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_arguments_that_differ_a_little(one: Any, other: Any) -> None:
     assert of(delayed(id)(one)) != of(delayed(id)(other))

@@ -15,7 +15,7 @@ import toolz
 from dask._task_spec import List, Task, TaskRef
 
 from dask_lambda.kernels import Catalogue, Family, Speed, kernel_of, size_of
-from tests.helpers import graph_of
+from tests.helpers import graph_of, shown
 
 SPEED = Speed(flops=1e9, bytes=1e9)
 
@@ -51,7 +51,7 @@ def kernels_of(collection: Any) -> dict[str, bool]:
         toolz.compose(np.sqrt, np.sum),
         toolz.first,
     ],
-    ids=str,
+    ids=shown,
 )
 def test_functions_of_numpy_python_and_toolz_are_known(function: Callable[..., Any]) -> None:
     assert kernel_of(task(function, TaskRef("x"))).known
@@ -87,7 +87,7 @@ class Method:
         eval,
         map,
     ],
-    ids=str,
+    ids=shown,
 )
 def test_what_runs_the_users_code_or_reads_files_is_not_known(
     function: Callable[..., Any],

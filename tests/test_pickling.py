@@ -50,6 +50,21 @@ def test_functions_of_the_same_code_stay_apart():
     assert made == [10 + n for n in range(20)]
 
 
+@pytest.mark.parametrize("size", [0, 100_000], ids=["pickled once", "too long for that"])
+def test_code_keeps_the_name_of_its_file(size: int):
+    held = bytes(size)
+
+    def outer():
+        def inner():
+            return held
+
+        return inner
+
+    loaded = pickle.loads(dumps(FunctionCache(), outer))
+    assert loaded.__code__.co_filename == __file__
+    assert loaded().__code__.co_filename == __file__
+
+
 def test_what_can_be_imported_is_pickled_by_name():
     functions = FunctionCache()
     for _ in range(2):

@@ -25,7 +25,7 @@ from dask_lambda.errors import (
     MissingKeyError,
     VersionMismatchError,
 )
-from tests.helpers import notes, report
+from tests.helpers import notes, report, shown
 
 pytestmark = pytest.mark.local
 uses_bucket = True
@@ -189,7 +189,7 @@ def test_a_dependency_that_is_missing_is_named() -> None:
         {"a": "b", "b": (inc, "c"), "c": "a"},
         {"a": (inc, "b"), "b": [(inc, "c")], "c": "b"},
     ],
-    ids=str,
+    ids=shown,
 )
 def test_a_cycle_is_an_error(dsk: Any) -> None:
     with pytest.raises(CyclicGraphError, match="Cycle"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ import dask.multiprocessing
 import dask.threaded
 import pytest
 
+from tests.conformance.listing import reasons
 from tests.conformance.reference import PicklingScheduler
 from tests.conformance.selection import SELECTIONS
 
@@ -92,31 +91,17 @@ def test_name(item: pytest.Item) -> str:
 
 
 def listed_tests(items: list[pytest.Item]) -> set[pytest.Item]:
-    """The tests that ``deselected.toml`` lists: by name, with ``*`` for anything.
-
-    A name without parameters means the test with all of its parameters.
+    """The tests that ``deselected.toml`` lists.
 
     Raises
     ------
     pytest.UsageError
         if a module was collected and does not have a test that is listed for it
     """
-    names = {item: test_name(item) for item in items}
-    modules = {name.partition("::")[0] for name in names.values()}
-    found: set[pytest.Item] = set()
-    stale = []
-    for group in tomllib.loads(LIST.read_text())["deselected"]:
-        for pattern in group["tests"]:
-            if pattern.partition("::")[0] not in modules:
-                continue
-            matches = re.compile(re.escape(pattern).replace(r"\*", ".*") + r"(\[.*)?").fullmatch
-            hits = [item for item, name in names.items() if matches(name)]
-            found.update(hits)
-            if not hits:
-                stale.append(pattern)
+    listed, stale = reasons({item: test_name(item) for item in items}, LIST)
     if stale:
         raise pytest.UsageError(f"{LIST.name} lists tests that do not exist: {', '.join(stale)}")
-    return found
+    return set(listed)
 
 
 def sampled(items: list[pytest.Item], selection: str) -> Iterator[pytest.Item]:
