@@ -25,7 +25,7 @@ from dask_lambda.lease import Lease
 from dask_lambda.local_modules import LocalModules
 from dask_lambda.pickling import FunctionCache
 from dask_lambda.plan import Group
-from lambda_worker import codec, protocol
+from lambda_worker import codec, environment, protocol
 from lambda_worker.protocol import Body, GroupRequest, Key, Modules, Reference, Request, Value
 from lambda_worker.store import Store
 
@@ -228,6 +228,7 @@ class Encoder:
             self.lease.name,
             self.lease.there,
             await self._modules(),
+            environment.imported(),
         )
         payload = _json(request.to_json())
         if len(payload) > protocol.MAX_PAYLOAD_BYTES:  # very many inputs

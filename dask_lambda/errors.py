@@ -30,6 +30,7 @@ __all__ = [
     "LostDataError",
     "MissingKeyError",
     "OutOfMemoryError",
+    "PackagingError",
     "PayloadTooLargeError",
     "RemoteError",
     "RunDeletedError",
@@ -42,6 +43,10 @@ __all__ = [
 
 class ConfigurationError(DaskLambdaError, ValueError):
     """A setting is missing, unknown or out of range."""
+
+
+class PackagingError(DaskLambdaError):
+    """The worker's environment cannot be built, or is larger than Lambda allows."""
 
 
 class LocalAWSError(DaskLambdaError):
@@ -112,4 +117,4 @@ class RunDeletedError(InvocationError):
 
 
 class VersionMismatchError(InvocationError):
-    """The worker's Python, Dask or protocol version differs from the client's."""
+    """The worker has another Python, Dask or protocol, or a package of another series."""

@@ -386,19 +386,55 @@ def from_foreign_reply(body: bytes, function: str, why: str = "") -> Failure:
 
 
 def from_refusal(worker: dict[str, Any]) -> Failure:
-    """Build the failure of a request that the worker refused for its versions."""
+    """Build the failure of a request that the worker refused for its versions.
+
+    Parameters
+    ----------
+    worker : dict
+        Its versions; in "packages", those of packages that differ, with the client's.
+    """
     ours = {"protocol": protocol.PROTOCOL, **protocol.versions()}
-    names = [name for name in ours if ours.get(name) != worker.get(name)]
-    differing = "; ".join(f"{n}: worker {worker.get(n)}, client {ours.get(n)}" for n in names)
+    differing: dict[str, Any] = {
+        name: (worker.get(name), ours[name]) for name in ours if ours[name] != worker.get(name)
+    }
+    differing |= worker.get("packages", {})
+    installable = [
+        f"{name}=={theirs}"
+        for name, (theirs, _) in differing.items()
+        if name not in ("protocol", "python")
+    ]
+    here = f"'python -m pip install {' '.join(installable)}'" if installable else ""
     return Failure(
         FailureKind.FATAL,
         Detail(
             errors.VersionMismatchError,
             f"the worker refused to run it, since its versions differ from the client's "
-            f"({differing})",
-            "Deploy the function again from this environment, or install the worker's versions "
-            "here.",
+            f"({_versions(differing)})",
+            "Deploy the function again from this environment ('dask-lambda deploy'), or install "
+            f"the worker's versions here{f' ({here})' if here else ''}.",
         ),
+    )
+
+
+def describe_differing(function: str, packages: dict[str, Any]) -> str:
+    """Return a warning of packages that differ in a way that seldom matters.
+
+    Parameters
+    ----------
+    function : str
+    packages : dict
+        Name to the worker's version and the client's.
+    """
+    return (
+        f"function {function!r} has other versions of packages than this process "
+        f"({_versions(packages)}); it goes on, since this seldom matters. To be sure, deploy the "
+        "function again from this environment ('dask-lambda deploy')."
+    )
+
+
+def _versions(differing: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{name}: worker {worker}, client {client}" for name, (worker, client) in differing.items()
     )
 
 

@@ -37,8 +37,11 @@ def check(content: Any) -> None:
         raise NotAReply("'s3' counts something unknown")
     for name in counts:
         _number(counts, name)
+    _text(reply.get("environment", ""), "'environment'")
+    _versions(reply.get("differing", {}), "'differing'")
     if "refused" in reply:
-        _mapping(reply["refused"], "'refused'")
+        refused = _mapping(reply["refused"], "'refused'")
+        _versions(refused.get("packages", {}), "the packages of 'refused'")
     elif "error" in reply:
         _error(reply["error"])
     else:
@@ -85,6 +88,14 @@ def _value(value: Any) -> None:
     _number(record, "size")
     if "data" in record:
         _text(record["data"], "the data of a value")
+
+
+def _versions(found: Any, what: str) -> None:
+    for pair in _mapping(found, what).values():
+        if len(_sequence(pair, what)) != 2:
+            raise NotAReply(f"{what} are not pairs of versions")
+        for version in pair:
+            _text(version, what)
 
 
 def _mapping(found: Any, what: str) -> dict[str, Any]:

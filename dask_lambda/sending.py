@@ -7,6 +7,7 @@ thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from dask_lambda.run import Result, Run, Sealed, fetch_sealed
 
 if TYPE_CHECKING:
     from dask_lambda.invoke import Reply
+
+logger = logging.getLogger("dask_lambda")
 
 REFUSALS = (FailureKind.THROTTLED, FailureKind.RATE_LIMITED)
 
@@ -64,6 +67,7 @@ class Sender:
     def __init__(self, backend: Backend, prices: Prices):
         self._backend = backend
         self._prices = prices
+        self._warned: set[str] = set()
 
     def invoker(self, instruction: Invoke) -> Any:
         """Return who serves an invocation."""
@@ -119,6 +123,8 @@ class Sender:
             usd = self._usd(instruction, reply, invoker.memory_mb or run.memory_mb)
             run.note_attempt(groups, usd, reply.log)
         content = reply.content
+        if content is not None and "differing" in content:
+            self._warn(invoker.function, content["differing"])
         if content is None or "refused" in content:
             if reply.ran:
                 run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
@@ -153,6 +159,13 @@ class Sender:
                 run.counts.compute_seconds += record["seconds"]
                 outcomes.append(Done(seconds, await self._result(run, group, record, content)))
         return outcomes
+
+    def _warn(self, function: str, packages: dict[str, Any]) -> None:
+        """Say once that a function has slightly other versions."""
+        text = failures.describe_differing(function, packages)
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("%s", text)
 
     @staticmethod
     def _too_large(run: Run, group: Group, memory_mb: int | None) -> Failure | None:

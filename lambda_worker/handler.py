@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from lambda_worker import codec, protocol
 from lambda_worker.cache import Cache
 from lambda_worker.commit import commit
+from lambda_worker.environment import PREIMPORT, Packages, find_deployed, preimport
 from lambda_worker.errors import IntegrityError, RequestError, StoreError, UnserializableError
 from lambda_worker.execute import Cancelled, GroupRun, Output, TaskError
 from lambda_worker.lease import LeaseWatch
@@ -86,6 +87,7 @@ class Environment:
         self.uploading = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
         self.looking = ThreadPoolExecutor(1, "lease")
         self.modules = LocalModules() if modules is None else modules
+        self.packages = Packages(find_deployed())
         self._stores: dict[str, Store] = {}
 
     def store(self, bucket: str) -> Store:
@@ -111,6 +113,8 @@ def _to_stderr(line: str) -> None:
 
 
 environment = Environment()
+for _name, _why in preimport(os.environ.get(PREIMPORT, "")).items():
+    sys.stderr.write(json.dumps({"not imported": _name, "error": _why}) + "\n")
 
 
 class Failure(Exception):
@@ -493,8 +497,15 @@ def serve(event: Any, context: Any, environment: Environment) -> dict[str, Any]:
     event = event if isinstance(event, dict) else {}
     client = event.get("client")
     theirs = {"protocol": event.get("protocol"), **(client if isinstance(client, dict) else {})}
-    if theirs != {"protocol": protocol.PROTOCOL, **ours}:
+    differences = environment.packages.differences(event.get("packages"))
+    if environment.packages.deployed is not None:
+        reply["environment"] = environment.packages.deployed.digest
+    if differences.warned:
+        reply["differing"] = differences.warned
+    if theirs != {"protocol": protocol.PROTOCOL, **ours} or differences.refused:
         reply["refused"] = {"protocol": protocol.PROTOCOL, **ours}
+        if differences.refused:
+            reply["refused"]["packages"] = differences.refused
         reply["milliseconds"] = (time.perf_counter() - started) * 1e3
         _log(event, context, reply, environment)
         return reply

@@ -17,7 +17,7 @@ import platform
 import secrets
 import threading
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -240,6 +240,7 @@ class Request:
     lease: str = ""  #: name of the object whose end ends the run (:mod:`lambda_worker.lease`)
     leased: bool = False  #: whether it was written already
     modules: Modules | None = None
+    packages: Mapping[str, str] = field(default_factory=dict)  #: that the client has imported
 
     def to_json(self) -> dict[str, Any]:
         """Build the event of the Invoke."""
@@ -247,6 +248,7 @@ class Request:
         return {
             "protocol": PROTOCOL,
             "client": versions(),
+            "packages": self.packages,
             "run": self.run,
             "secrets": {run: base64.b64encode(s).decode() for run, s in self.secrets.items()},
             "bucket": self.bucket,
@@ -283,12 +285,15 @@ class Request:
                 lease=lease,
                 leased=bool(leased),
                 modules=None if modules is None else Modules.from_json(modules),
+                packages=event["packages"],
                 groups=(
                     Value.from_json(groups)
                     if isinstance(groups, dict)
                     else [GroupRequest.from_json(g) for g in groups]
                 ),
             )
+            if not isinstance(request.packages, dict):
+                raise ValueError("the packages of the client")
             if run not in request.secrets:
                 raise ValueError("there is no secret of the run")
             return request

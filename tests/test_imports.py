@@ -63,8 +63,10 @@ GROUND = [
         "store",
         "codec",
     ),
-    *("codec", "cache", "memory", "modules", "protocol", "errors"),
+    *("codec", "cache", "memory", "modules", "protocol", "environment", "errors"),
 ]
+#: The packaging of workers, likewise.
+DEPLOY = ["package", "image", "layers", "trim", "wheels", "environment", "platforms", "__init__"]
 PURE = [
     *("fingerprint", "digest", "libraries", "reuse", "lifecycle"),
     *(
@@ -146,6 +148,16 @@ def test_the_engine_imports_downwards(name):
     path = ROOT / "dask_lambda" / f"{name}.py"
     above = set(ENGINE[: ENGINE.index(name) + 1])
     assert not inner_imports(path, "dask_lambda") & above
+
+
+@pytest.mark.parametrize("name", DEPLOY)
+def test_packaging_imports_downwards_and_nothing_of_the_engine(name):
+    path = ROOT / "dask_lambda" / "deploy" / f"{name}.py"
+    above = set(DEPLOY[: DEPLOY.index(name) + 1])
+    assert not inner_imports(path, "dask_lambda.deploy") & above
+    others = {name for name in imports(path) if name.startswith("dask_lambda.")}
+    allowed = ("dask_lambda.deploy", "dask_lambda.errors", "dask_lambda.local_start")
+    assert all(name.startswith(allowed) for name in others)
 
 
 @pytest.mark.parametrize("name", PURE)

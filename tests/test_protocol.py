@@ -58,6 +58,7 @@ REQUESTS = st.builds(
     NAMES | st.just(""),
     st.booleans(),
     st.none() | st.builds(Modules, NAMES, VALUES),
+    st.dictionaries(NAMES, NAMES, max_size=3),
 )
 
 
