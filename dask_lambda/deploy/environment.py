@@ -27,8 +27,8 @@ from lambda_worker.environment import normal_name
 
 #: What ``lambda_worker`` imports, and what tasks of Dask's collections need.
 WORKER = ("dask", "distributed", "cloudpickle", "numpy", "scipy", "obstore")
-#: What a client has and a worker needs not, if "everything that is installed" is asked for.  Lambda's
-#: runtimes have boto3 and botocore; they come along only if something else needs them.
+#: What a client has and a worker needs not, if "everything that is installed" is asked for.
+#: Lambda's runtimes have boto3 and botocore; they come along only if something else needs them.
 CLIENT_ONLY = frozenset(
     ("dask-lambda", "ministack", "boto3", "botocore", "pip", "setuptools", "wheel", "uv")
 )
@@ -117,8 +117,8 @@ def resolve(
             continue
         if package.local:
             raise PackagingError(
-                f"{name} is installed from {package.local}, which no index has, so that it cannot be "
-                "built for Lambda: publish it, or leave it out and pickle its functions by value "
+                f"{name} is installed from {package.local}, which no index has, so that it cannot "
+                "be built for Lambda: publish it, or leave it out and pickle its functions by value "
                 "(cloudpickle.register_pickle_by_value)"
             )
         packages[name] = package.version
@@ -176,7 +176,9 @@ def _holds(requirement: Requirement, platform: Platform, extras: Iterable[str] =
 
 
 def _check(requirement: Requirement, package: Installed | None) -> None:
-    if package is not None and not requirement.specifier.contains(package.version, prereleases=True):
+    if package is not None and not requirement.specifier.contains(
+        package.version, prereleases=True
+    ):
         raise PackagingError(
             f"{requirement.name}{requirement.specifier} is asked for, but this Python has "
             f"{package.version}, and workers must have what the client has: install that version "
@@ -226,8 +228,8 @@ def read_requirements(path: Path) -> list[str]:
             found += read_requirements(path.parent / rest.strip())
         elif entry.startswith("-"):
             raise PackagingError(
-                f"{path}, line {start}: {entry!r} is an option, which cannot be followed here: list "
-                "packages and versions; the index is that of pip's own configuration"
+                f"{path}, line {start}: {entry!r} is an option, which cannot be followed here: "
+                "list packages and versions; the index is that of pip's own configuration"
             )
         else:
             try:
@@ -239,7 +241,7 @@ def read_requirements(path: Path) -> list[str]:
 
 
 def everything(installed: Iterable[Installed], platform: Platform) -> list[str]:
-    """List what this interpreter has for its own sake: what nobody else needs, or somebody asked for.
+    """List what this interpreter has for its own sake: nobody else needs it, or it was asked for.
 
     What only dask_lambda itself or the embedded AWS need is left out.
     """

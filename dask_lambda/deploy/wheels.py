@@ -61,7 +61,13 @@ def install(packages: Mapping[str, str], platform: Platform, target: Path) -> No
     pins = [f"{name}=={version}" for name, version in packages.items()]
     uv = _uv()
     if uv is None:
-        options = ["--no-deps", "--no-compile", "--no-warn-script-location", "--target", str(target)]
+        options = [
+            "--no-deps",
+            "--no-compile",
+            "--no-warn-script-location",
+            "--target",
+            str(target),
+        ]
         command = [*_pip("install", platform), *options, *pins]
     else:
         target.mkdir(parents=True, exist_ok=True)
@@ -114,7 +120,9 @@ def complete(
             options = ["--no-header", "--no-annotate", "--constraint", str(constraints), str(asked)]
             lines = _run([*_uv_command(uv, "compile", platform), *options], platform).splitlines()
             pairs = [line.split("==") for line in lines if "==" in line]
-            chosen = {normal_name(name.partition("[")[0]): version.strip() for name, version in pairs}
+            chosen = {
+                normal_name(name.partition("[")[0]): version.strip() for name, version in pairs
+            }
     return dict(sorted({**chosen, **packages}.items()))
 
 
@@ -198,7 +206,9 @@ def _no_wheel(name: str, platform: Platform) -> NoWheelError:
     if platform.architecture == "arm64":
         advice.insert(0, "build for x86_64")
     if platform.glibc == RUNTIMES[platform.python] < max(RUNTIMES.values()):
-        newer = next(python for python, glibc in RUNTIMES.items() if glibc == max(RUNTIMES.values()))
+        newer = next(
+            python for python, glibc in RUNTIMES.items() if glibc == max(RUNTIMES.values())
+        )
         advice = [
             f"use Python {newer} or newer, whose runtimes have a newer C library",
             f"build a container image, which has glibc {IMAGE_GLIBC[0]}.{IMAGE_GLIBC[1]}",
