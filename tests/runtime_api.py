@@ -18,12 +18,15 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
+from dask_lambda.deploy.environment import find_installed, resolve
+from dask_lambda.deploy.platforms import Platform
+
 PREFIX = "/2018-06-01/runtime/"
 
 
 def runtime_client(directory: Path) -> None:
     """Give a directory Lambda's runtime interface client, and nothing else of this environment."""
-    for package in ("awslambdaric", "snapshot-restore-py"):
+    for package in resolve(["awslambdaric"], Platform.of_lambda(), find_installed).packages:
         for file in files(package) or []:
             if file.parts[0] != ".." and "__pycache__" not in file.parts:
                 link = directory / file
@@ -96,14 +99,20 @@ class RuntimeAPI:
         self._thread.join()
 
     def invoke(self, event: Any, timeout: float = 60.0) -> tuple[str, Any]:
-        """Send one event; what came of it ("response", "error", "timeout"), and the answer."""
-        self._events.put(("request-1", json.dumps(event).encode(), time.time() + timeout))
-        try:
-            kind, body = self._answers.get(timeout=timeout)
-        except queue.Empty:
-            self.process.kill()
-            return "timeout", None
-        return kind, json.loads(body)
+        """Send one event; what came of it ("response", "error", "timeout", "exit"), the answer."""
+        deadline = time.time() + timeout
+        self._events.put(("request-1", json.dumps(event).encode(), deadline))
+        while True:
+            try:
+                kind, body = self._answers.get(timeout=0.1)
+            except queue.Empty:
+                if self.process.poll() is not None:
+                    return "exit", None
+                if time.time() > deadline:
+                    self.process.kill()
+                    return "timeout", None
+            else:
+                return kind, json.loads(body)
 
     def log(self) -> str:
         """What the function has logged so far."""
@@ -127,6 +136,7 @@ class RuntimeAPI:
                 self.send_header("Lambda-Runtime-Deadline-Ms", str(int(deadline * 1000)))
                 arn = "arn:aws:lambda:us-east-1:123456789012:function:function"
                 self.send_header("Lambda-Runtime-Invoked-Function-Arn", arn)
+                self.send_header("Content-Type", "application/json")  # without it, it crashes
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

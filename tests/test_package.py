@@ -28,7 +28,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import pytest
-from dask._task_spec import Task
+from dask._task_spec import Alias, Task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -584,9 +584,13 @@ def array_event() -> dict[str, Any]:
     """A matrix product and its trace, in blocks, as Dask hands them to a scheduler."""
     x = da.ones((60, 60), chunks=20)
     graph = graph_of((x @ x.T).sum())
-    order = TopologicalSorter({key: graph.dependencies(key) for key in graph.tasks}).static_order()
     (output,) = graph.outputs
-    return event([graph.tasks[key] for key in order], graph.resolve(output))
+    tasks: list[Any] = []
+    for key in TopologicalSorter({k: graph.dependencies(k) for k in graph.tasks}).static_order():
+        names = {n: graph.resolve(n) for n in graph.tasks[key].dependencies}
+        tasks += [Alias(name, target) for name, target in names.items() if name != target]
+        tasks.append(graph.tasks[key])
+    return event(tasks, graph.resolve(output))
 
 
 def value(reply: dict[str, Any]) -> Any:
@@ -636,7 +640,11 @@ def emulator(unpacked: tuple[Path, Path], directory: Path, seconds: int) -> Iter
         *("--runtime-interface-emulator-address", f"127.0.0.1:{ports[0]}"),
         *("--runtime-api-address", f"127.0.0.1:{ports[1]}"),
     ]
-    variables = {"AWS_LAMBDA_FUNCTION_TIMEOUT": str(seconds), "HOME": str(directory)}
+    variables = {
+        "AWS_LAMBDA_FUNCTION_TIMEOUT": str(seconds),
+        "HOME": str(directory),
+        PREIMPORT: package.PREIMPORT,
+    }
     with open(directory / "log", "wb") as log:
         process = subprocess.Popen(
             [str(program), *addresses, *bootstrap("lambda_worker.handler.handler")],
@@ -777,9 +785,9 @@ class TestBuilt:
             assert api.invoke(event([Task("x", wait, 60)], "x"), timeout=0.5)[0] == "timeout"
 
     def test_lambdas_own_emulator_drives_it(self, unpacked, tmp_path):
-        with emulator(unpacked, tmp_path, seconds=5) as invoke:
+        with emulator(unpacked, tmp_path, seconds=2) as invoke:
             assert value(invoke(event([Task("x", hello)], "x"))) == "hello"
             assert value(invoke(array_event())) == 60**3
             reply = invoke(event([Task("x", fail)], "x"))
             assert reply["groups"][0]["error"]["type"] == "builtins.ZeroDivisionError"
-            assert "timed out after 5" in str(invoke(event([Task("x", wait, 60)], "x")))
+            assert "timed out after 2" in str(invoke(event([Task("x", wait, 60)], "x")))

@@ -24,6 +24,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -278,16 +279,19 @@ class _Job:
     ) -> list[Layer]:
         """Write the zip files; the last one, which changes with every package, has the list."""
         nbytes = {size.name: size.nbytes for size in sizes}
-        made = []
         shares = layers.share_out(nbytes)
-        for number, share in enumerate(shares, 1):
-            name = f"layer-{number}.zip"
+
+        def write(place: int) -> Layer:
+            name = f"layer-{place + 1}.zip"
+            share = shares[place]
             content = [file for package in share for file in files[package]]
-            content += [FILE] * (number == len(shares))
+            content += [FILE] * (place + 1 == len(shares))
             sha256 = layers.write_zip(directory / name, tree, content)
             unzipped = sum(nbytes[package] for package in share)
-            size = (directory / name).stat().st_size
-            made.append(Layer(name, sha256, size, unzipped, tuple(share)))
+            return Layer(name, sha256, (directory / name).stat().st_size, unzipped, tuple(share))
+
+        with ThreadPoolExecutor() as pool:  # compressing does not hold Python's lock
+            made = list(pool.map(write, range(len(shares))))
         shutil.rmtree(tree)
         return made
 
