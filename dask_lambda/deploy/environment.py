@@ -118,8 +118,8 @@ def resolve(
         if package.local:
             raise PackagingError(
                 f"{name} is installed from {package.local}, which no index has, so that it cannot "
-                "be built for Lambda: publish it, or leave it out and pickle its functions by value "
-                "(cloudpickle.register_pickle_by_value)"
+                "be built for Lambda: publish it, or leave it out and pickle its functions by "
+                "value (cloudpickle.register_pickle_by_value)"
             )
         packages[name] = package.version
         extras: frozenset[str] = frozenset(requirement.extras)

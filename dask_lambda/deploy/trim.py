@@ -60,7 +60,7 @@ def plan(root: Path) -> list[Cut]:
 
 def apply(root: Path, cuts: Iterable[Cut]) -> None:
     """Delete what is left out, and the directories that are empty then."""
-    folders = set()
+    folders: set[PurePosixPath] = set()
     for cut in cuts:
         (root / cut.path).unlink()
         folders.update(cut.path.parents[:-1])
