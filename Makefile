@@ -16,7 +16,7 @@ unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test soak lint conformance bench bench-peers clean
+.PHONY: help .venv demo test soak lint conformance packaging bench bench-peers clean
 
 help: ## Say what the targets are
 	@echo "dask_lambda: Dask on AWS Lambda and S3"
@@ -43,7 +43,7 @@ demo: $(INSTALLED) ## Run the first three examples on an embedded AWS
 	done
 
 # What tests and benchmarks put into temporary files stays in the checkout.
-test soak conformance bench bench-peers: export TMPDIR := $(CURDIR)/$(VENV)/tmp
+test soak conformance packaging bench bench-peers: export TMPDIR := $(CURDIR)/$(VENV)/tmp
 
 $(VENV)/tmp: $(INSTALLED)
 	@mkdir -p $@
@@ -77,6 +77,10 @@ lint: $(INSTALLED) ## Check style and types
 
 conformance: $(INSTALLED) $(VENV)/tmp ## Run all of Dask's array, bag, delayed and dataframe tests on Lambda (hours)
 	@$(BIN)/python -m tests.conformance --all
+
+packaging: $(INSTALLED) $(VENV)/tmp ## Import every module of the packaged environment, and measure it
+	@$(BIN)/python -m pytest tests/test_package.py -m 'exhaustive or slow'
+	@$(BIN)/python -m benchmarks.packaging
 
 bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.overhead

@@ -25,12 +25,12 @@ from dask_lambda.deploy.platforms import IMAGE_GLIBC, Platform
 PROGRAM = f"""
 import sys, time
 sys.path[:0] = sys.argv[1:]
-started = time.perf_counter()
+started, cpu = time.perf_counter(), time.process_time()
 import lambda_worker.handler
 handler = time.perf_counter() - started
 for name in {package.PREIMPORT!r}.split(","):
     __import__(name)
-print(handler, time.perf_counter() - started)
+print(handler, time.perf_counter() - started, time.process_time() - cpu)
 """
 
 
@@ -65,6 +65,7 @@ def main() -> None:
         ranking = own_times(start(paths, "-X", "importtime")[1])
     print(f"  import of the handler            {median(rounds, 0):9.0f} ms")
     print(f"  ... and of {package.PREIMPORT:22}{median(rounds, 1):9.0f} ms")
+    print(f"  ... of which of the processor    {median(rounds, 2):9.0f} ms")
     for name, milliseconds in ranking[:12]:
         print(f"    {name:30} {milliseconds:9.1f} ms")
 

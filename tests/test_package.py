@@ -201,6 +201,12 @@ def test_environments_have_one_name_if_and_only_if_they_are_equal(one, other):
     assert len({digest(one, where, n) for where in (LINUX, ARM) for n in (1, 2)}) == 4
 
 
+@pytest.mark.parametrize("name", ["dask", "Cloudpickle", "obstore"])
+def test_what_the_worker_imports_cannot_be_left_out(tmp_path, name):
+    with pytest.raises(PackagingError, match=f"without {name.lower()}"):
+        package.build(without=["scipy", name], cache=tmp_path)
+
+
 # -- what an installer says ----------------------------------------------------------------------
 
 
@@ -234,6 +240,11 @@ def test_an_index_that_cannot_be_reached_is_not_taken_for_a_missing_wheel():
     error = wheels.understand(said, LINUX)
     assert not isinstance(error, wheels.NoWheelError)
     assert "could not be reached" in str(error)
+
+
+def test_a_name_that_nobody_has_is_to_be_checked():
+    said = "ERROR: No matching distribution found for nunpy\n"
+    assert "check the name nunpy, which is not installed" in str(wheels.understand(said, LINUX))
 
 
 def test_any_other_failure_is_told_in_the_installers_words():
@@ -701,6 +712,35 @@ def emulator_program() -> Path:
     return program
 
 
+WALK = """
+import contextlib, importlib, io, json, sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+root = Path(sys.argv[1])
+sys.path.insert(0, str(root))
+names = set()
+for path in root.rglob("*"):
+    parts = path.relative_to(root).parts
+    left_out = {"tests", "test", "bin", "conftest.py", "__main__.py"} & set(parts)
+    if path.suffix in (".py", ".so") and not left_out and "." not in "".join(parts[:-1]):
+        module = [*parts[:-1], parts[-1].split(".")[0]]
+        names.add(".".join(module[:-1] if module[-1] == "__init__" else module))
+imported = []
+for name in sorted(names):
+    with contextlib.suppress(BaseException), contextlib.redirect_stdout(io.StringIO()):
+        importlib.import_module(name)
+        imported.append(name)
+print(json.dumps(imported))
+"""
+
+
+def importable(root: Path) -> set[str]:
+    """All modules of a directory that a bare interpreter can import."""
+    command = [sys.executable, "-I", "-S", "-B", "-c", WALK, str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
 BARE = """
 import json, sys
 base = list(sys.path)
@@ -736,6 +776,15 @@ class TestBuilt:
         deployed = Deployed.from_json((packages / FILE).read_text())
         assert deployed.digest == built.digest
         assert deployed.packages["numpy"] == np.__version__
+
+    @pytest.mark.exhaustive
+    def test_whatever_could_be_imported_before_can_be_imported_after(
+        self, built, unpacked, tmp_path
+    ):
+        wheels.install(built.packages, built.platform, tmp_path / "all")
+        could, can = (importable(root) for root in (tmp_path / "all", unpacked[0]))
+        assert len(could) > 1000
+        assert could - can == set()
 
     def test_it_is_not_built_again(self, built):
         again = package.build(form="layers", platform=here(), cache=built.directory.parents[1])

@@ -27,6 +27,8 @@ from lambda_worker.environment import normal_name
 
 #: What ``lambda_worker`` imports, and what tasks of Dask's collections need.
 WORKER = ("dask", "distributed", "cloudpickle", "numpy", "scipy", "obstore")
+#: Those of them that the worker itself imports.
+INDISPENSABLE = frozenset(("dask", "cloudpickle", "obstore"))
 #: What a client has and a worker needs not, if "everything that is installed" is asked for.
 #: Lambda's runtimes have boto3 and botocore; they come along only if something else needs them.
 CLIENT_ONLY = frozenset(
@@ -142,6 +144,17 @@ def digest(packages: Mapping[str, str], platform: Platform, version: int) -> str
     """
     content = [sorted(packages.items()), str(platform), version]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def name_of(requirement: str) -> str:
+    """Return the name of the package that a requirement asks for.
+
+    Raises
+    ------
+    PackagingError
+        If it cannot be read.
+    """
+    return normal_name(_parsed(requirement).name)
 
 
 def _parsed(text: str) -> Requirement:

@@ -81,6 +81,8 @@ class Package:
         Where the layers' files are, or the image's context.
     fresh : bool
         It was built now, and not found in the cache.
+    because : str
+        Why it is an image, if nobody asked for one.
     """
 
     digest: str
@@ -93,6 +95,7 @@ class Package:
     cuts: Mapping[str, int]
     directory: Path
     fresh: bool = True
+    because: str = ""
 
     @property
     def unzipped(self) -> int:
@@ -105,6 +108,7 @@ def build(
     *,
     requirements: Path | None = None,
     everything: bool = False,
+    without: Sequence[str] = (),
     architecture: str = "x86_64",
     form: Form | Literal["auto"] = "auto",
     cache: Path | None = None,
@@ -121,6 +125,8 @@ def build(
         A file with more of them.
     everything : bool
         All that this interpreter has, but what only the client needs.
+    without : sequence of str
+        Names of what no task needs and would be there otherwise, "scipy" for example.
     architecture : {"x86_64", "arm64"}
     form : {"auto", "layers", "image"}
         "auto": layers; an image if they would be too large, or if a package has no wheel for the C
@@ -139,6 +145,7 @@ def build(
     PackagingError
         If it cannot be built; it says which package is to blame and what to do.
     """
+    unwanted = _unwanted(without)
     asked = [*environment.WORKER, *packages]
     if requirements is not None:
         asked += environment.read_requirements(requirements)
@@ -148,16 +155,23 @@ def build(
     for each in forms:
         where = platform or Platform.of_lambda(architecture=architecture, image=each == "image")
         every = environment.everything(environment.all_installed(), where) if everything else []
-        jobs.append(_Job(each, where, [*asked, *every], parent))
+        wanted = [r for r in [*asked, *every] if environment.name_of(r) not in unwanted]
+        jobs.append(_Job(each, where, wanted, parent))
     if len(jobs) == 2 and (there := jobs[1].find()) and not jobs[0].find():
         return there  # so layers were tried before
-    for job in jobs:
+    for job in jobs[:-1]:
         try:
             return job.find() or job.run()
-        except (wheels.NoWheelError, _TooLarge):
-            if job is jobs[-1]:
-                raise
-    raise AssertionError
+        except (wheels.NoWheelError, _TooLarge) as error:
+            jobs[-1].because = str(error)
+    return jobs[-1].find() or jobs[-1].run()
+
+
+def _unwanted(names: Sequence[str]) -> set[str]:
+    unwanted = {normal_name(name) for name in names}
+    if needed := sorted(unwanted & environment.INDISPENSABLE):
+        raise PackagingError(f"no worker starts without {', '.join(needed)}")
+    return unwanted
 
 
 class _TooLarge(PackagingError):
@@ -171,6 +185,7 @@ class _Job:
         self.form = form
         self.platform = platform
         self.parent = parent
+        self.because = ""
         if form == "image":
             asked = [*asked, image.RUNTIME_CLIENT]
         self.resolved = environment.resolve(asked, platform, environment.find_installed)
@@ -251,6 +266,7 @@ class _Job:
             "layers": [dataclasses.asdict(layer) for layer in made],
             "sizes": [dataclasses.asdict(size) for size in sizes],
             "cuts": dict(why.most_common()),
+            "because": self.because,
         }
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
 
@@ -265,7 +281,8 @@ class _Job:
                 sizes,
                 layers.MAX_UNZIPPED - layers.OWN_CODE,
                 "a function's layers",
-                "Leave out what no task needs, or build a container image, which may have 10 GB.",
+                "Leave out what no task needs (scipy, perhaps), or build a container image, which "
+                "may have 10 GB.",
             )
         except PackagingError as error:
             raise _TooLarge(str(error)) from None
@@ -487,6 +504,7 @@ def read(directory: Path) -> Package | None:
             manifest["cuts"],
             directory,
             fresh=False,
+            because=manifest.get("because", ""),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -203,6 +203,8 @@ def _no_wheel(name: str, platform: Platform) -> NoWheelError:
         f"install another version of {package} here, which has one",
         "leave it out, if no task needs it",
     ]
+    if "==" not in name:  # not installed here
+        advice = [f"check the name {package}, which is not installed here", advice[-1]]
     if platform.architecture == "arm64":
         advice.insert(0, "build for x86_64")
     if platform.glibc == RUNTIMES[platform.python] < max(RUNTIMES.values()):
