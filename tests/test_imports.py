@@ -66,7 +66,17 @@ GROUND = [
     *("codec", "cache", "memory", "modules", "protocol", "environment", "errors"),
 ]
 #: The packaging of workers, likewise.
-DEPLOY = ["package", "image", "layers", "trim", "wheels", "environment", "platforms", "__init__"]
+DEPLOY = [
+    "package",
+    "image",
+    "layers",
+    "trim",
+    "elf",
+    "wheels",
+    "environment",
+    "platforms",
+    "__init__",
+]
 PURE = [
     *("fingerprint", "digest", "libraries", "reuse", "lifecycle"),
     *(

@@ -217,8 +217,10 @@ def test_what_the_worker_imports_cannot_be_left_out(tmp_path, name):
         "(from versions: 1.0, 2.2.6)\nERROR: No matching distribution found for numpy==2.4.6\n",
         "  × No solution found when resolving dependencies:\n  ╰─▶ Because numpy==2.4.6 has no "
         "wheels with a matching platform tag (e.g., `manylinux_2_26_x86_64`)\n",
+        "error: No solution found when resolving dependencies\n  cause: Because numpy==2.4.6 has "
+        "no usable wheels and you require numpy==2.4.6, we can conclude that ...\n",
     ],
-    ids=["pip", "uv"],
+    ids=["pip", "uv", "uv of today"],
 )
 def test_a_missing_wheel_is_named_with_what_to_do(said):
     old = wheels.understand(said, Platform("3.11", "x86_64", (2, 26)))

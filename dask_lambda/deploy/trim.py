@@ -32,7 +32,7 @@ SOURCES = frozenset(
 )
 METADATA = frozenset(("RECORD", "INSTALLER", "REQUESTED", "WHEEL", "direct_url.json"))
 #: Of what is beside the packages.
-OUTSIDE = frozenset(("bin", "include", "share/man", "share/doc"))
+OUTSIDE = frozenset(("bin", "include", "share/man", "share/doc", ".lock"))
 #: Packages whose shared libraries are loaded before those of another one are.
 LOADED_BEFORE = {"scipy.libs": "numpy.libs"}
 

@@ -26,7 +26,7 @@ from lambda_worker.environment import normal_name
 #: Of pip's and uv's messages.
 _NO_WHEEL = (
     re.compile(r"No matching distribution found for ([^\s;(]+)"),
-    re.compile(r"([\w.\-]+==[^\s,]+) has no wheels with a matching"),
+    re.compile(r"([\w.\-]+==[^\s,]+) has no (?:usable )?wheels"),
     re.compile(r"no version of ([\w.\-]+==\S+)"),
 )
 _NETWORK = re.compile(
