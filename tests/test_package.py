@@ -656,7 +656,6 @@ def emulator(unpacked: tuple[Path, Path], directory: Path, seconds: int) -> Iter
     variables = {
         "AWS_LAMBDA_FUNCTION_TIMEOUT": str(seconds),
         "HOME": str(directory),
-        PREIMPORT: package.PREIMPORT,
     }
     with open(directory / "log", "wb") as log:
         process = subprocess.Popen(
@@ -836,9 +835,12 @@ class TestBuilt:
             assert api.invoke(event([Task("x", wait, 60)], "x"), timeout=0.5)[0] == "timeout"
 
     def test_lambdas_own_emulator_drives_it(self, unpacked, tmp_path):
-        with emulator(unpacked, tmp_path, seconds=2) as invoke:
+        with emulator(unpacked, tmp_path, seconds=60) as invoke:
             assert value(invoke(event([Task("x", hello)], "x"))) == "hello"
             assert value(invoke(array_event())) == 60**3
             reply = invoke(event([Task("x", fail)], "x"))
             assert reply["groups"][0]["error"]["type"] == "builtins.ZeroDivisionError"
-            assert "timed out after 2" in str(invoke(event([Task("x", wait, 60)], "x")))
+
+    def test_lambdas_own_emulator_ends_what_takes_too_long(self, unpacked, tmp_path):
+        with emulator(unpacked, tmp_path, seconds=1) as invoke:
+            assert "timed out after 1" in str(invoke(event([Task("x", wait, 60)], "x")))
