@@ -92,6 +92,7 @@ PANDAS = Installed(
     "pandas", "3.1.1", ("numpy>=1.26", 'tzdata; sys_platform == "win32"', 'lxml; extra == "xml"')
 )
 LXML = Installed("lxml", "6.0")
+MINE = Installed("mine", "1.0", asked=True, local="file:///home/me/mine", editable=True)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +127,14 @@ def test_versions_are_the_clients_and_what_it_has_not_is_left_to_the_installer()
         ("numpy ==", "not a requirement"),
         ("-e .", "not a requirement"),
         ("mine @ file:///tmp/mine", "names an address"),
-        ("local", "installed from file:///home/me/local"),
+        ("local", "install it in editable mode"),
+        ("mine", "travel with the tasks"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_its_name(asked, text):
     local = Installed("local", "1.0", local="file:///home/me/local")
     with pytest.raises(PackagingError) as caught:
-        resolve([asked], LINUX, having(NUMPY, local))
+        resolve([asked], LINUX, having(NUMPY, local, MINE))
     assert text in str(caught.value)
 
 
@@ -150,7 +152,7 @@ def test_nothing_that_a_worker_needs_brings_the_aws_sdk_along():
 
 def test_everything_is_what_nobody_else_needs_or_somebody_asked_for():
     every = [
-        *(NUMPY, PANDAS),
+        *(NUMPY, PANDAS, MINE),
         Installed("boto3", "1", ("botocore",)),
         Installed("botocore", "1"),
         Installed("pip", "26"),

@@ -51,6 +51,8 @@ class Installed:
         Somebody installed it by its name, not since another one needs it.
     local : str
         Where it was installed from, if not from an index.
+    editable : bool
+        It is there still: its modules travel with the tasks that use them.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Installed:
     requires: tuple[str, ...] = ()
     asked: bool = False
     local: str = ""
+    editable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +121,7 @@ def resolve(
             missing[f"{requirement.name}{_extras(requirement)}{requirement.specifier}"] = None
             continue
         if package.local:
-            raise PackagingError(
-                f"{name} is installed from {package.local}, which no index has, so that it cannot "
-                "be built for Lambda: publish it, or leave it out and pickle its functions by "
-                "value (cloudpickle.register_pickle_by_value)"
-            )
+            raise PackagingError(_why_not(package))
         packages[name] = package.version
         extras: frozenset[str] = frozenset(requirement.extras)
         if (name, extras) in seen:
@@ -170,6 +169,19 @@ def _parsed(text: str) -> Requirement:
             f"{text!r} names an address: only packages of an index can be built for Lambda"
         )
     return requirement
+
+
+def _why_not(package: Installed) -> str:
+    if package.editable:
+        return (
+            f"{package.name} is an editable installation of {package.local}: its modules travel with "
+            "the tasks that use them, so leave it out here"
+        )
+    return (
+        f"{package.name} is installed from {package.local}, which no index has, so that it cannot be "
+        "built for Lambda: install it in editable mode ('pip install -e'), and its modules travel "
+        "with the tasks that use them; or publish it"
+    )
 
 
 def _readable(package: Installed) -> list[Requirement]:
@@ -256,7 +268,8 @@ def read_requirements(path: Path) -> list[str]:
 def everything(installed: Iterable[Installed], platform: Platform) -> list[str]:
     """List what this interpreter has for its own sake: nobody else needs it, or it was asked for.
 
-    What only dask_lambda itself or the embedded AWS need is left out.
+    What only dask_lambda itself or the embedded AWS need is left out, and editable installations,
+    whose modules travel with tasks.
     """
     every = {package.name: package for package in installed}
     needed: set[str] = set()
@@ -265,7 +278,9 @@ def everything(installed: Iterable[Installed], platform: Platform) -> list[str]:
     return sorted(
         name
         for name, package in every.items()
-        if name not in CLIENT_ONLY and (package.asked or name not in needed)
+        if name not in CLIENT_ONLY
+        and not package.editable
+        and (package.asked or name not in needed)
     )
 
 
@@ -295,4 +310,5 @@ def _read(distribution: importlib.metadata.Distribution) -> Installed:
         tuple(distribution.requires or ()),
         asked=distribution.read_text("REQUESTED") is not None,
         local=direct.get("url", ""),
+        editable=bool(direct.get("dir_info", {}).get("editable")),
     )
