@@ -527,6 +527,27 @@ def test_what_is_damaged_is_not_taken_for_an_environment(small, tmp_path, damage
     assert package.kept(tmp_path) == []
 
 
+@pytest.mark.parametrize("there", ["another one", "a damaged one", "nothing"])
+def test_of_two_builds_one_is_kept(small, tmp_path, there):
+    new = shutil.copytree(small, tmp_path / "new")
+    if there == "a damaged one":
+        (small / "layer-1.zip").write_bytes(b"")
+    elif there == "nothing":
+        shutil.rmtree(small)
+    kept = package._keep(new, small)
+    assert kept.directory == small
+    assert package.read(small) is not None
+    assert new.exists() == (there == "another one")  # its owner removes it
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(wheels.NoWheelError):
+        package.build(form="layers", platform=here(), cache=tmp_path)
+    assert list((tmp_path / "environments").iterdir()) == []
+
+
 def test_the_cache_is_where_the_user_says(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert package.cache_directory() == Path("/somewhere/dask-lambda")

@@ -174,13 +174,13 @@ def _parsed(text: str) -> Requirement:
 def _why_not(package: Installed) -> str:
     if package.editable:
         return (
-            f"{package.name} is an editable installation of {package.local}: its modules travel with "
-            "the tasks that use them, so leave it out here"
+            f"{package.name} is an editable installation of {package.local}: its modules travel "
+            "with the tasks that use them, so leave it out here"
         )
     return (
-        f"{package.name} is installed from {package.local}, which no index has, so that it cannot be "
-        "built for Lambda: install it in editable mode ('pip install -e'), and its modules travel "
-        "with the tasks that use them; or publish it"
+        f"{package.name} is installed from {package.local}, which no index has, so that it cannot "
+        "be built for Lambda: install it in editable mode ('pip install -e'), and its modules "
+        "travel with the tasks that use them; or publish it"
     )
 
 

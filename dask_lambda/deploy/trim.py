@@ -97,10 +97,11 @@ def compile_all(root: Path, where: str, processes: int = 0) -> None:
         shutil.rmtree(cache)
     options = ["-q", "-q", "-j", str(processes), "--invalidation-mode", "unchecked-hash"]
     paths = ["-s", str(root), "-p", where]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     # A file for another version of Python, which nobody imports, fails: that is no error.
     subprocess.run(
         [sys.executable, "-P", "-s", "-m", "compileall", *options, *paths, str(root)],
-        env={"PYTHONHASHSEED": "0"},
+        env={**inherited, "PYTHONHASHSEED": "0"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
