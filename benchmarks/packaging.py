@@ -65,7 +65,7 @@ def main() -> None:
         ranking = own_times(start(paths, "-X", "importtime")[1])
     print(f"  import of the handler            {median(rounds, 0):9.0f} ms")
     print(f"  ... and of {package.PREIMPORT:22}{median(rounds, 1):9.0f} ms")
-    print(f"  ... of which of the processor    {median(rounds, 2):9.0f} ms")
+    print(f"  ... in processor time, all threads{median(rounds, 2):9.0f} ms")
     for name, milliseconds in ranking[:12]:
         print(f"    {name:30} {milliseconds:9.1f} ms")
 
