@@ -79,7 +79,7 @@ conformance: $(INSTALLED) $(VENV)/tmp ## Run all of Dask's array, bag, delayed a
 	@$(BIN)/python -m tests.conformance --all
 
 packaging: $(INSTALLED) $(VENV)/tmp ## Import every module of the packaged environment, and measure it
-	@$(BIN)/python -m pytest tests/test_package.py -m 'exhaustive or slow'
+	@$(BIN)/python -m pytest tests/test_packaged.py -m 'exhaustive or slow'
 	@$(BIN)/python -m benchmarks.packaging
 
 bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks

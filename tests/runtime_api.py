@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import queue
 import subprocess
 import sys
@@ -19,8 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from dask_lambda.deploy.environment import find_installed, resolve
-from dask_lambda.deploy.platforms import Platform
+from dask_lambda.deploy.platforms import IMAGE_GLIBC, Platform
 
+#: Lambda's platform with a C library for which there are wheels of every Python.
+HERE = Platform(
+    f"{sys.version_info.major}.{sys.version_info.minor}",
+    "arm64" if platform.machine() == "aarch64" else "x86_64",
+    IMAGE_GLIBC,
+)
 PREFIX = "/2018-06-01/runtime/"
 
 
