@@ -45,6 +45,7 @@ class AWSBackend:
     region: str
     endpoint_url: str | None
     s3: Callable[[], Any]  #: makes a botocore client, for what is no matter of a run
+    keys: tuple[str, str] | None = None  #: of the embedded AWS, drawn when it was started
     lasting: bool = True  #: whether what is in the bucket outlives this process
     local: ProcessInvoker | ExecutorInvoker | None = None  #: for what does not run on Lambda
 
@@ -112,6 +113,7 @@ def _local(settings: Settings) -> AWSBackend:
         s3=partial(aws.client, "s3"),
         # Processes elsewhere on this machine cannot find these credentials, nor do they expire.
         local=_elsewhere(settings, aws.bucket, bucket, open_),
+        keys=(aws.access_key_id, aws.secret_access_key),
         lasting=aws.is_shared,
     )
 
@@ -123,6 +125,41 @@ def _elsewhere(
     from dask_lambda.standalone import open_local
 
     return open_local(settings.local_executor, bucket, opened, open_, available_cores())
+
+
+def open_elsewhere(
+    bucket: str, region: str | None, endpoint_url: str | None, keys: tuple[str, str] | None
+) -> Any:
+    """Open the bucket of another process.
+
+    Parameters
+    ----------
+    bucket, region, endpoint_url
+    keys : tuple of str, optional
+        Access key and its secret, if it is an embedded AWS; else the user's own credentials are
+        looked for.
+
+    Raises
+    ------
+    AccessDeniedError
+        If there are no credentials.
+    """
+    if keys is not None:
+        return open_bucket(
+            bucket,
+            endpoint_url=endpoint_url,
+            region=region,
+            access_key_id=keys[0],
+            secret_access_key=keys[1],
+            session_token="",
+            retry_seconds=10.0,
+        )
+    import boto3
+
+    credentials = Credentials(lambda: boto3.Session().get_credentials())
+    return open_bucket(
+        bucket, endpoint_url=endpoint_url, region=region, credential_provider=credentials
+    )
 
 
 def usual_window(settings: Settings) -> int:

@@ -90,6 +90,8 @@ MAX_HELD_BYTES = 256 * 2**20
 CLOSE_SECONDS = 0.5
 #: What became of a group that was given up before it was sent.
 UNWANTED = Failure(FailureKind.CANCELLED)
+#: What the encoder says of a task for which there can be no payload.
+UNSENDABLE = (errors.UnserializableError, errors.PayloadTooLargeError, errors.LostDataError)
 #: How long obstore's threads get at the end of the interpreter, to hand over what is done.
 REST_SECONDS = 0.05
 
@@ -294,7 +296,7 @@ class Engine(LoopThread):
             store,
             bucket=self.backend.bucket_name,
             secret=secret,
-            secret_of=self._objects.secret_of,
+            secret_of=self._secret_of,
             compression=compression,
             modules=LocalModules(**(modules or {}), remembered=self._modules),
             **{"prefix": self.backend.prefix, "run": name, **objects},
@@ -317,6 +319,10 @@ class Engine(LoopThread):
             If the engine is closed.
         """
         return self.begin(self._fetch_value(run, value))
+
+    def discard(self, run: Run, names: Iterable[str]) -> None:
+        """Delete objects of a run soon.  To be called in the engine's thread."""
+        self._objects.discard(run, names)
 
     async def patiently(self, patience: float, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Do something with S3, again and again for as long as patience lasts."""
@@ -420,6 +426,13 @@ class Engine(LoopThread):
         time.sleep(REST_SECONDS)
 
     # -- in the engine's thread ------------------------------------------------------------------
+
+    def _secret_of(self, reference: Reference) -> bytes:
+        """Return the secret of a stored result, also of one of a run that goes on."""
+        run = self._runs.get(protocol.run_of(reference.name))
+        if run is not None and not run.over:
+            return run.secret
+        return self._objects.secret_of(reference)
 
     def _panic(self, error: BaseException) -> None:
         """End all runs after an error that nobody expected: better than to hang."""
@@ -572,7 +585,13 @@ class Engine(LoopThread):
         except errors.DaskLambdaError as error:
             if isinstance(error, errors.IntegrityError):  # of a reply, which is not believed
                 run.lost.update(run.object_name(k) for g in groups for k in g.outputs)
-            outcomes = Failure(FailureKind.FATAL, error)
+            kind = FailureKind.FATAL
+            if isinstance(error, UNSENDABLE):
+                kind = FailureKind.UNSENDABLE
+                for each in (error, error.__cause__):  # whose frames hold the task and its data
+                    if each is not None:
+                        each.__traceback__ = None
+            outcomes = Failure(kind, error)
         except Exception as error:  # a bug of ours must end the run, not hang it
             if not all(map(run.is_wanted, wanted)):  # what was given up meanwhile was missing
                 await self._invoke(run, replace(instruction, groups=groups))

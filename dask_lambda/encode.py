@@ -252,8 +252,9 @@ class Encoder:
         """
         if value.data is not None:
             name = value.name
-            value.name, value.size = await _once(self._spills, name, lambda: self._spill(value))
-            value.data = None
+            moved = await _once(self._spills, name, lambda: self._spill(value))
+            value.data = None  # before the name: see Session.at_hand
+            value.name, value.size = moved
 
     async def _spill(self, value: Value) -> tuple[str, int]:
         assert value.data is not None
@@ -328,7 +329,8 @@ class Encoder:
         if references:
             self.modules.recall()
         for reference in references:
-            secrets[protocol.run_of(reference.name)] = self.secret_of(reference)
+            if (run := protocol.run_of(reference.name)) not in secrets:
+                secrets[run] = self.secret_of(reference)
         uploads = []
         for place in range(len(frames) - 1, 0, -1):
             if frames[place].nbytes >= MIN_UPLOAD_BYTES:

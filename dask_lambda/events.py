@@ -36,6 +36,7 @@ class FailureKind(Enum):
     RATE_LIMITED = "rate-limited"  #: too many invocations a second; likewise
     BUDGET = "budget"  #: the run may not spend more; never
     CANCELLED = "cancelled"  #: nobody wants it any more; never
+    UNSENDABLE = "unsendable"  #: there is no payload for it; never, but alone if it is isolated
     FATAL = "fatal"  #: never
 
 

@@ -43,6 +43,7 @@ class Backend(Protocol):
     region: str
     endpoint_url: str | None
     local: Any  #: likewise for what does not run on Lambda, or None (dask_lambda.standalone)
+    keys: tuple[str, str] | None  #: of the embedded AWS
     lasting: bool  #: whether what is in the bucket outlives this process
 
     def is_alive(self) -> bool:
@@ -96,8 +97,9 @@ class Sender:
         """
         groups = instruction.groups
         invoker = self.invoker(instruction)
-        if len(groups) == 1 and (failure := self._too_large(run, groups[0], invoker.memory_mb)):
-            return failure
+        for group in groups:
+            if failure := self._too_large(run, group, invoker.memory_mb):
+                return failure  # of several groups: each is then tried alone
         modules = run.encoder.modules
         known = len(modules.roots)
         payload = await run.encoder.payload(groups, run.values, inline_bytes)

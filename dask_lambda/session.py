@@ -14,11 +14,13 @@ thread empties, many calls at a time.
 
 from __future__ import annotations
 
+import secrets as tokens
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,12 +35,14 @@ from dask_lambda.cost import Prices
 from dask_lambda.dispatch import Engine
 from dask_lambda.events import Failure, FailureKind, GroupsCancelled, KeysReleased, WindowChanged
 from dask_lambda.graph import short
+from dask_lambda.kept_runs import Place
 from dask_lambda.pickling import FunctionCache
 from dask_lambda.placement import Declared, Offer, Placement, place
 from dask_lambda.plan import Group, Priority, Where
 from dask_lambda.report import CallReport, RunReport
 from dask_lambda.run import Result, Run, RunFailed, Sealed
 from lambda_worker import codec
+from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
 
 #: How long closing waits for the session's objects to be deleted, in seconds.
@@ -52,8 +56,8 @@ class Call(Protocol):
     Its methods are called in the engine's thread: they must return at once, and not raise.
     """
 
-    def started(self) -> None:
-        """It was sent to Lambda, or elsewhere, perhaps once more."""
+    def started(self) -> bool | None:
+        """It is about to be sent, perhaps once more; False if nobody wants it any more."""
 
     def finished(self, report: CallReport) -> None:
         """Its result is there, in its :class:`Stored`."""
@@ -140,8 +144,10 @@ class SessionRun(Run):
 
     def tell_started(self, group: Group) -> None:
         """Tell that a call was sent."""
-        if (found := self.calls.get(group.outputs[0])) is not None:
-            found[1].started()
+        key = group.outputs[0]
+        if (found := self.calls.get(key)) is not None and found[1].started() is False:
+            del self.calls[key]
+            found[1].failed(CancelledError(), "")
 
     def tell_finished(self, group: Group, result: Result) -> None:
         """Tell that a call is done."""
@@ -220,6 +226,7 @@ class Session:
 
     def __init__(self, engine: Engine, settings: Settings, shown: Callable[[Key], str] = short):
         self.engine = engine
+        self.settings = settings
         self.shown = shown
         self.started = time.perf_counter()
         self.closed = False
@@ -227,6 +234,8 @@ class Session:
         self._cancelled: deque[tuple[Key, bool]] = deque()
         self._released: deque[Key] = deque()
         self._awake = False
+        self._notes: set[str] = set()
+        self._then: Callable[[], None] | None = None  # to be called when nothing is in S3
         self._end: BaseException | None = None  # why nothing can be added any more
         memory_mb = engine.backend.invokers[0].memory_mb or settings.memory
         self._offer = Offer.of(settings, memory_mb)
@@ -259,6 +268,7 @@ class Session:
         memory: int = 0,
         timeout: float | None = None,
         where: Where | None = None,
+        stored: Stored | None = None,
     ) -> Stored:
         """Have a task run, on Lambda if it can, as soon as its inputs are there.
 
@@ -283,6 +293,8 @@ class Session:
         where : {"lambda", "local"}, optional
             Default: on Lambda, unless the call declares more memory or time than Lambda has
             (:mod:`dask_lambda.placement`).  A call that fits nowhere fails.
+        stored : Stored, optional
+            For its result, if there is one already.
 
         Returns
         -------
@@ -312,7 +324,7 @@ class Session:
             timeout,
             placed,
         )
-        stored = Stored(self, key)
+        stored = stored or Stored(self, key)
         self._submitted.append(_Submitted(group, task, stored, call, failure))
         self._wake()
         return stored
@@ -335,7 +347,7 @@ class Session:
             Placement(reasons={name: why}).tell({name})
         return placed, None
 
-    def put(self, key: Key, value: Any) -> Future[Stored]:
+    def put(self, key: Key, value: Any, stored: Stored | None = None) -> Future[Stored]:
         """Begin to store a value for calls to read, as if it were the result of one.
 
         Raises
@@ -354,7 +366,7 @@ class Session:
         run = self._run
         name = run.object_name(key)
         sealed = codec.seal(frames, run.secret, name)
-        stored = Stored(self, key)
+        stored = stored or Stored(self, key)
         stored.value = Value(name, len(sealed), sealed, shared=True)
         stored.nbytes = sum(frame.nbytes for frame in frames)
         stored.kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -390,15 +402,55 @@ class Session:
         assert value is not None, "the call has not ended"
         if self.closed:
             raise errors.InvocationError(CLOSED)
-        if value.data is not None:
+        if (sealed := self.at_hand(stored)) is not None:
             done: Future[Sealed] = Future()
-            done.set_result(Sealed(value.data, self._run.secret, value.name))
+            done.set_result(sealed)
             return done
         return self.engine.fetch(self._run, value)
+
+    def at_hand(self, stored: Stored) -> Sealed | None:
+        """Return a result that is there and small, also when the session is closed."""
+        value = stored.value
+        assert value is not None, "the call has not ended"
+        name = value.name  # before the data, which are given up before it changes
+        data = value.data
+        return None if data is None else Sealed(data, self._run.secret, name)
 
     def share(self, stored: Stored) -> Future[Reference]:
         """Move a result that is there to S3, if it is not, for others to read: :attr:`secret`."""
         return self.engine.begin(self._share(stored))
+
+    def new_note(self) -> str:
+        """Return a name for :meth:`write_note`."""
+        return self._run.encoder.object_name("note-" + tokens.token_hex(16))
+
+    def write_note(self, name: str, value: Any) -> Future[None]:
+        """Begin to write a small object, once, for readers in other processes.
+
+        It is there until :meth:`erase_notes`, or until the session is closed.
+
+        Raises
+        ------
+        InvocationError
+            If the session is closed.
+        """
+        sealed = codec.dumps(value, self._run.secret, name)
+        return self.engine.begin(self._write_note(name, sealed))
+
+    def erase_notes(self, names: Iterable[str]) -> None:
+        """Delete notes, soon."""
+        self.engine.wake(partial(self._erase_notes, tuple(names)))
+
+    @property
+    def place(self) -> Place:
+        """Where the objects of the session are."""
+        backend = self.engine.backend
+        return Place(backend.bucket_name, backend.prefix, backend.region, backend.endpoint_url)
+
+    @property
+    def backend_keys(self) -> tuple[str, str] | None:
+        """Access key of the embedded AWS, which no other process can find out; else None."""
+        return self.engine.backend.keys
 
     @property
     def secret(self) -> bytes:
@@ -414,6 +466,24 @@ class Session:
         run = self._run
         seconds = time.perf_counter() - self.started
         return run.counts.report(run.store.counts, seconds, failed=False, prices=Prices())
+
+    def is_unused(self) -> bool:
+        """Whether nobody holds anything in S3, or the session has ended; not in engine's thread."""
+        if self.closed:
+            return True
+        try:
+            unused: bool = self.engine.begin(self._is_unused()).result()
+        except (errors.InvocationError, CancelledError):  # the engine is closed
+            return True
+        return unused
+
+    def when_unused(self, then: Callable[[], None]) -> None:
+        """Have a function called in the engine's thread once nobody holds anything in S3.
+
+        That is for the time when nothing more is submitted.
+        """
+        self._then = then
+        self._wake()
 
     def close(self) -> None:
         """Give up all calls and delete all results.  Idempotent."""
@@ -435,9 +505,14 @@ class Session:
             self.engine.wake(self._drain)
 
     def _drain(self) -> None:
-        """Do what was asked for: first what is added, since only that may need anything."""
+        """Do what was asked for: first what is added, since only that may need anything.
+
+        What is released is looked at before: who lets go of a result may have added a call that
+        reads it just now, and no later.
+        """
         self._awake = False
         run, engine = self._run, self.engine
+        released = tuple(self._released.popleft() for _ in range(len(self._released)))
         groups, refused = [], []
         while self._submitted:
             each = self._submitted.popleft()
@@ -460,9 +535,41 @@ class Session:
         while self._cancelled:
             key, in_flight = self._cancelled.popleft()
             engine.handle(GroupsCancelled(run.name, (key,), in_flight))
-        if self._released:
-            keys = [self._released.popleft() for _ in range(len(self._released))]
-            engine.handle(KeysReleased(run.name, tuple(keys)))
+        if released:
+            engine.handle(KeysReleased(run.name, released))
+        self._look_whether_unused()
+
+    async def _is_unused(self) -> bool:
+        self._drain()
+        return self._unused()
+
+    def _unused(self) -> bool:
+        values = self._run.values.values()
+        return not self._notes and all(value.data is not None for value in values)
+
+    def _look_whether_unused(self) -> None:
+        if self._then and self._unused():
+            then, self._then = self._then, None
+            then()
+
+    async def _write_note(self, name: str, sealed: bytearray) -> None:
+        run = self._run
+        self._notes.add(name)
+        try:
+            with _ours():
+                write = partial(run.store.put_async, name, sealed)
+                await self.engine.patiently(run.patience, write)
+        finally:
+            run.encoder.written.add(name)  # with which it is deleted at the end
+        if run.over:
+            await run.store.delete_async([name])
+            raise self._end or errors.InvocationError(CLOSED)
+
+    def _erase_notes(self, names: tuple[str, ...]) -> None:
+        self._notes.difference_update(names)
+        self._run.encoder.written.difference_update(names)
+        self.engine.discard(self._run, names)
+        self._look_whether_unused()
 
     async def _put(self, stored: Stored) -> Stored:
         run, value = self._run, stored.value
@@ -472,7 +579,8 @@ class Session:
             run.uncertain.add(value.name)
             assert data is not None
             write = partial(run.store.put_async, value.name, data)
-            await self.engine.patiently(run.patience, write)
+            with _ours():
+                await self.engine.patiently(run.patience, write)
         else:
             run.inline[stored.key] = value.size
             run.held += value.size
@@ -489,7 +597,8 @@ class Session:
             raise errors.LostDataError(f"the result {key!r} does not exist any more")
         if value.data is not None:
             moved = copy(value)  # whoever reads it at this moment sees the old one, or the new one
-            await self.engine.patiently(run.patience, partial(run.encoder.spill, moved))
+            with _ours():
+                await self.engine.patiently(run.patience, partial(run.encoder.spill, moved))
             if key in run.values:
                 run.held -= run.inline.pop(key, 0)
                 run.values[key] = stored.value = value = moved
@@ -509,6 +618,15 @@ class Session:
             call.failed(self._end, "")
         while self._submitted:
             self._submitted.popleft().call.failed(self._end, "")
+
+
+@contextmanager
+def _ours() -> Iterator[None]:
+    """Raise what S3 could not do as one of our errors."""
+    try:
+        yield
+    except StoreError as error:
+        raise failures.to_exception(failures.from_store_error(error), "", {}) from error
 
 
 class _Inbox:

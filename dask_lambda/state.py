@@ -98,7 +98,7 @@ _TOO_LARGE = frozenset({FailureKind.MEMORY, FailureKind.TIMEOUT})
 _OUTSIDE = frozenset({FailureKind.TRANSIENT, FailureKind.EXPIRED})
 _REFUSED = frozenset({FailureKind.THROTTLED, FailureKind.RATE_LIMITED})
 #: Failures that end a run whatever else is in flight.
-_FINAL = frozenset({FailureKind.FATAL, FailureKind.BUDGET})
+_FINAL = frozenset({FailureKind.FATAL, FailureKind.UNSENDABLE, FailureKind.BUDGET})
 
 
 class State:
@@ -283,7 +283,7 @@ class State:
                 self._refused(job, outcome, now, out)
             elif job.in_flight and outcome.kind not in _FINAL:
                 continue  # the other invocation may do it
-            elif event.as_a_whole and len(jobs) > 1 and outcome.kind in _ONE_IS_GUILTY:
+            elif event.as_a_whole and len(jobs) > 1 and self._one_is_guilty(run, outcome.kind):
                 self._make_ready(job)
             else:
                 self._failed(job, outcome, now, out)
@@ -298,6 +298,11 @@ class State:
         elif run.starved and not run.ended:
             run.starved = False
             self._queue(run)
+
+    @staticmethod
+    def _one_is_guilty(run: RunBook, kind: FailureKind) -> bool:
+        """Whether a failure of several groups may be that of one, so that each is tried alone."""
+        return kind in _ONE_IS_GUILTY or (run.isolated and kind is FailureKind.UNSENDABLE)
 
     def _done(self, job: Job, released: list[Key]) -> None:
         run, spec = job.run, job.spec

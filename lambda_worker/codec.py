@@ -32,7 +32,7 @@ from typing import Any
 import cloudpickle
 
 from lambda_worker.errors import IntegrityError, UnserializableError
-from lambda_worker.protocol import Compression, run_of
+from lambda_worker.protocol import Compression, run_of, sealing
 
 Buffer = bytes | bytearray | memoryview
 
@@ -88,7 +88,8 @@ def serialize(value: object, dumps: Callable[..., bytes] = _dumps) -> list[memor
         buffers.append(view)
         return False
 
-    stream = dumps(value, buffer_callback=out_of_band)
+    with sealing():
+        stream = dumps(value, buffer_callback=out_of_band)
     return [memoryview(stream), *buffers]
 
 

@@ -484,6 +484,26 @@ def _resolver(run: str) -> Callable[[Reference], Any]:
         return found[-1] if found else resolvers[run]
 
 
+class sealing:
+    """Context in which whatever this thread pickles goes into an object or a payload."""
+
+    def __enter__(self) -> None:
+        _pickled.sealing = getattr(_pickled, "sealing", 0) + 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        _pickled.sealing -= 1
+
+
+def is_sealing() -> bool:
+    """Whether what this thread pickles goes into an object or a payload: no place for secrets."""
+    return bool(getattr(_pickled, "sealing", 0))
+
+
+def is_collecting() -> bool:
+    """Whether this thread pickles a task, which may hold references (:class:`Reference`)."""
+    return getattr(_pickled, "found", None) is not None
+
+
 def load_reference(reference: Reference) -> Any:
     """Load a stored result: the function of the tasks of a persisted collection.
 

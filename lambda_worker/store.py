@@ -237,6 +237,13 @@ class Store:
             raise codec.damaged(name, f"is truncated: it ends at {start + len(data)}")
         return data
 
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a small object, however many there are."""
+        with _translated("s3:GetObject", name):
+            data = obstore.get(self.bucket, name).bytes().to_bytes()
+        self._count(gets=1, bytes_read=len(data))
+        return data
+
     def exists(self, name: str) -> bool:
         """Whether an object is there."""
         try:
