@@ -14,11 +14,24 @@ from importlib.metadata import PackageNotFoundError, version
 from dask.base import named_schedulers
 
 from dask_lambda.config import load_defaults
+from dask_lambda.distant import DistantFuture
+from dask_lambda.executor import LambdaExecutor
+from dask_lambda.futures import LambdaFuture
 from dask_lambda.report import RunReport
 from dask_lambda.saved import load, save
 from dask_lambda.scheduler import LambdaScheduler, last_report
 
-__all__ = ["LambdaScheduler", "RunReport", "lambda_get", "last_report", "load", "save"]
+__all__ = [
+    "DistantFuture",
+    "LambdaExecutor",
+    "LambdaFuture",
+    "LambdaScheduler",
+    "RunReport",
+    "lambda_get",
+    "last_report",
+    "load",
+    "save",
+]
 
 try:
     __version__ = version("dask_lambda")

@@ -75,6 +75,12 @@ def last_report() -> RunReport | None:
     return _last_report
 
 
+def note_report(report: RunReport) -> None:
+    """Take note of the report of a run that has ended."""
+    global _last_report
+    _last_report = report
+
+
 class LambdaScheduler:
     """Runs Dask graphs on AWS Lambda.
 
@@ -487,11 +493,9 @@ class LambdaScheduler:
                     raise exception
 
     def _report(self, counts: RunCounts, client: Counts, started: float, failed: bool) -> None:
-        global _last_report
         seconds = time.perf_counter() - started
-        _last_report = self.last_report = counts.report(
-            client, seconds, failed=failed, prices=Prices()
-        )
+        self.last_report = counts.report(client, seconds, failed=failed, prices=Prices())
+        note_report(self.last_report)
 
     # -- the engine ------------------------------------------------------------------------------
 

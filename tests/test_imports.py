@@ -17,7 +17,9 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "__init__", "cleaning", "saved", "scheduler", "session", "resume"),
+    *("__main__", "cli", "__init__", "cleaning", "saved"),
+    *("executor", "mapping", "chains", "calling", "arguments", "futures", "distant"),
+    *("scheduler", "session", "resume"),
     *("annotations", "placement"),
     *("dispatch", "sending", "objects", "run", "description", "stored"),
     *("kept_folder", "kept_runs", "lifecycle"),
@@ -50,6 +52,7 @@ ENGINE = [
 ]
 #: The ground, likewise.
 GROUND = [
+    "calls",
     *(
         "standalone",
         "handler",
