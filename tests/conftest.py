@@ -168,7 +168,7 @@ def without_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def deploy(aws: LocalAWS) -> Iterator[Callable[..., str]]:
-    """``deploy(files, handler, timeout, environment)``: another function; its name."""
+    """``deploy(files, handler, timeout, environment, memory)``: another function; its name."""
     made: list[str] = []
 
     def deploy(*arguments: Any, **named: Any) -> str:

@@ -243,6 +243,17 @@ def test_a_call_that_raises_is_tried_again_as_often_as_it_says(executor, tmp_pat
         executor.options(retries=1).submit(count_to, second, 3).result(WAIT)
 
 
+def where(*_: Any) -> str:
+    return os.environ["AWS_LAMBDA_FUNCTION_NAME"]
+
+
+def test_calls_that_need_more_memory_all_go_to_a_larger_function(make, deploy):
+    larger = deploy(memory=3008)
+    executor = make(larger_functions={3008: larger})
+    assert executor.submit(where).result(WAIT) != larger
+    assert set(executor.options(memory="2 GB").map(where, range(30))) == {larger}
+
+
 # -- what is refused ---------------------------------------------------------------------------
 
 

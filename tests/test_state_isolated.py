@@ -33,6 +33,7 @@ from tests.state_invariants import check
 from tests.state_script import DEATH, DONE, FATAL, TASK, THROTTLED, Script, group
 
 CANCELLED = Failure(FailureKind.CANCELLED)
+UNSENDABLE = Failure(FailureKind.UNSENDABLE)
 
 
 class Calls(Script):
@@ -102,6 +103,30 @@ def test_retries_come_before_a_group_is_given_up():
     script.wake_until_flying("a")
     script.end("a", TASK)
     assert script.failed().keys() == {"a", "b"}
+
+
+def test_a_group_that_cannot_be_sent_fails_alone_and_not_with_those_that_would_travel_with_it():
+    script = Calls(window=1)
+    script.call(*(group(f"g{i}", seconds=1e-4) for i in range(9)), batch=True)
+    (batch,) = script.batches()
+    assert len(batch) > 3
+    script.end(batch[1], UNSENDABLE, whole=True)
+    assert not script.failed()
+    failed = {}
+    while script.flying:
+        (together,) = script.batches()
+        guilty = batch[1] in together
+        assert not guilty or together == [batch[1]]
+        script.end(together[0], UNSENDABLE if guilty else DONE, whole=True)
+        failed |= script.failed()
+    assert failed == {batch[1]: (UNSENDABLE, batch[1])}
+
+
+def test_a_graph_with_a_group_that_cannot_be_sent_ends_at_once():
+    script = Calls(window=1)
+    script.add("r", *(group(f"g{i}", seconds=1e-4) for i in range(9)), batch=True)
+    script.end("g0", UNSENDABLE, whole=True)
+    assert script.ended()
 
 
 def test_deaths_are_forgiven_a_few_times():

@@ -25,6 +25,7 @@ def deploy(
     handler: str = local_start.HANDLER,
     timeout: int = 60,
     environment: dict[str, str] | None = None,
+    memory: int | None = None,
 ) -> str:
     """Deploy a function; its name.
 
@@ -43,7 +44,7 @@ def deploy(
         Handler=handler,
         Role=original["Role"],
         Code={"ZipFile": buffer.getvalue()},
-        MemorySize=aws.memory,
+        MemorySize=memory or aws.memory,
         Timeout=timeout,
         Environment={"Variables": {**local_start.FUNCTION_ENVIRONMENT, **(environment or {})}},
     )
