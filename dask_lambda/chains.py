@@ -91,7 +91,9 @@ class ChainFuture(LambdaFuture):
         """Whether any step was sent, and the chain has not ended."""
         if self.done():
             return False
-        return super().running() or bool(self.k) or any(each.running() for each in (*self._steps,))
+        with self._chain_lock:
+            steps = tuple(self._steps)
+        return super().running() or bool(self.k) or any(each.running() for each in steps)
 
     # -- in any thread ---------------------------------------------------------------------------
 

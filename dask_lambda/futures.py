@@ -158,6 +158,8 @@ class LambdaFuture(Future):
     def _load(self) -> Any:
         value = self._cached()
         if value is not MISSING:
+            if self._eager and not self._is_weak:  # it was held for this reader
+                self._remember(value, strongly=self._session.at_hand(self._stored) is not None)
             return value
         sealed = self._session.at_hand(self._stored)
         small = sealed is not None
@@ -176,8 +178,7 @@ class LambdaFuture(Future):
         """Keep a value, or the one that another thread has loaded meanwhile; return it."""
         with self._condition:
             cached = self._cached()
-            if cached is not MISSING:
-                return cached
+            value = value if cached is MISSING else cached
             if strongly:
                 self._value, self._is_weak = value, False
                 return value
@@ -210,6 +211,10 @@ class LambdaFuture(Future):
         if self._exception is not None:
             return True, False, None, self._exception
         return True, False, self._load(), None
+
+    def _invoke_callbacks(self) -> None:
+        super()._invoke_callbacks()  # type: ignore[misc]
+        self._done_callbacks: list[Any] = []  # which may hold what they have read
 
     # -- what the engine tells -------------------------------------------------------------------
 

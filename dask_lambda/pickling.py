@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -47,8 +48,8 @@ class FunctionCache:
     """
 
     def __init__(self, note: Callable[[str], None] = lambda module: None) -> None:
-        # By id; the function itself is held, so that its id stays its own.
-        self._functions: dict[int, tuple[FunctionType, Any]] = {}
+        # By id.  They are not held, nor is what they refer to, such as futures.
+        self._functions: dict[int, tuple[weakref.ref[FunctionType], Any]] = {}
         self.note = note
 
     def dumps(
@@ -62,10 +63,11 @@ class FunctionCache:
     def reduced(self, function: FunctionType, reduce: Callable[[Any], Any]) -> Any:
         """Return how to pickle a function: by name, as its bytes, or (None) as it comes."""
         found = self._functions.get(id(function))
-        if found is None:
+        if found is None or found[0]() is not function:  # that one is gone, and its id used anew
             if len(self._functions) >= MAX_FUNCTIONS:
                 self._functions.clear()
-            found = self._functions[id(function)] = function, self._reduced(function, reduce)
+            reduced = self._reduced(function, reduce)
+            found = self._functions[id(function)] = weakref.ref(function), reduced
         return found[1]
 
     def _reduced(self, function: FunctionType, reduce: Callable[[Any], Any]) -> Any:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, as_completed, wait
@@ -382,6 +383,18 @@ def test_a_hidden_future_whose_call_has_ended_works_in_the_task(executor):
         executor.submit(opened, Box(failed)).result(WAIT)
 
 
+def total_of(future: Any) -> Callable[[], Any]:
+    return lambda: future.result().sum()
+
+
+def test_a_function_that_refers_to_a_future_does_not_keep_it(executor, bucket_names):
+    large = executor.submit(ones, LARGE)
+    wait([large], WAIT)
+    assert executor.submit(total_of(large)).result(WAIT) == LARGE
+    del large
+    assert eventually(lambda: bucket_names() == [])
+
+
 def test_a_hidden_future_whose_call_goes_on_is_refused(executor, gate):
     pending = executor.submit(gate)
     with pytest.raises(UnserializableError, match=f"{pending.key} is hidden.*argument"):
@@ -493,6 +506,31 @@ def test_asyncio_waits_for_futures(executor, gate):
     assert "poison" in str(poison)
 
 
+def test_a_future_that_asyncio_has_read_holds_no_large_value(executor):
+    future = executor.submit(ones, LARGE)
+
+    async def main() -> Any:
+        return weakref.ref(await asyncio.wrap_future(future))
+
+    value = asyncio.run(main())
+    gc.collect()
+    assert value() is None
+    assert future.result().sum() == LARGE
+
+
+def test_snapshots_have_the_value_itself(executor, gate):
+    """What asyncio looks at from Python 3.14 on, in place of the public methods."""
+    small, failed, pending = (executor.submit(f, 1) for f in (double, fail, gate))
+    wait([small, failed], WAIT)
+    assert pending._get_snapshot() == (False, False, None, None)
+    assert small._get_snapshot() == (True, False, 2, None)
+    assert failed._get_snapshot() == (True, False, None, failed.exception())
+    gate.open()
+    poison = executor.submit(Poison)
+    wait([poison], WAIT)
+    assert isinstance(poison._get_snapshot()[3], ValueError)
+
+
 def test_a_result_that_cannot_be_unpickled_is_an_error(executor):
     with pytest.raises(ValueError, match="poison"):
         executor.submit(Poison).result(WAIT)
@@ -502,8 +540,6 @@ def test_a_result_that_cannot_be_unpickled_is_an_error(executor):
 
 
 def test_the_same_result_is_returned_while_somebody_holds_it_and_no_memory_is_kept(executor):
-    import weakref
-
     future = executor.submit(ones, LARGE)
     value = future.result(WAIT)
     assert future.result() is value
