@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dask._task_spec import Task
 
 from dask_lambda import LambdaScheduler
 from dask_lambda.errors import (
@@ -23,7 +24,7 @@ from dask_lambda.errors import (
     UnserializableError,
 )
 from tests.helpers import eventually, notes
-from tests.session_calls import Calls, value
+from tests.session_calls import Calls, Heard, value
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("without_lease")]
 uses_bucket = True
@@ -115,6 +116,25 @@ def test_a_result_goes_when_nobody_holds_it(call: Calls, bucket_names: Any) -> N
     gc.collect()
     assert value(reader) == 100_000
     assert eventually(lambda: not bucket_names())
+
+
+def test_who_lets_go_of_a_result_right_after_its_reader_was_added_may_do_so(
+    call: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = list(call(double, 5))
+    held.pop().end.result(60)
+    readers = []
+    engine, add = call.session.engine, call.session.engine.add
+
+    def add_while_another_thread_is_quick(*arguments: Any) -> None:
+        if held:
+            readers.append(call(double, held[0]))
+            held.clear()
+        add(*arguments)
+
+    monkeypatch.setattr(engine, "add", add_while_another_thread_is_quick)
+    assert value(call(double, 1)) == 2
+    assert value(readers[0]) == 20
 
 
 def test_a_result_that_nobody_waits_for_is_made_and_deleted(call: Calls, bucket_names: Any) -> None:
@@ -222,6 +242,20 @@ def test_a_cancelled_call_and_those_that_wait_for_it_end(call: Calls) -> None:
     assert isinstance(last.end.exception(60), CancelledError)
 
 
+def test_a_call_may_be_declined_when_it_is_about_to_be_sent(call: Calls) -> None:
+    class Declined(Heard):
+        def started(self) -> bool:
+            return False
+
+    heard = Declined()
+    session = call.session
+    stored = session.submit(Task("declined", double, 1), heard)
+    reader = call(double, stored)[1]
+    assert isinstance(heard.end.exception(60), CancelledError)
+    assert isinstance(reader.end.exception(60), CancelledError)
+    assert session.report().invocations == 0
+
+
 def test_a_cancelled_result_that_comes_nevertheless_is_deleted(
     call: Calls, bucket_names: Any
 ) -> None:
@@ -239,6 +273,37 @@ def test_a_cancelled_result_that_comes_nevertheless_is_deleted(
 
 
 # -- the end -------------------------------------------------------------------------------------
+
+
+def test_notes_are_there_until_they_are_erased_or_the_session_is_closed(
+    call: Calls, bucket_names: Any
+) -> None:
+    session = call.session
+    first, second = session.new_note(), session.new_note()
+    for name in (first, second):
+        session.write_note(name, "so it is").result(60)
+    assert set(bucket_names()) == {first, second}
+    assert not session.is_unused()
+    session.erase_notes([first])
+    assert eventually(lambda: bucket_names() == [second])
+    session.close()
+    assert bucket_names() == []
+    assert session.is_unused()
+    with pytest.raises(InvocationError, match="closed"):
+        session.write_note(first, "too late").result(60)
+    assert bucket_names() == []
+
+
+def test_somebody_hears_when_nobody_holds_anything_in_s3(call: Calls) -> None:
+    stored, heard = call(np.ones, 100_000)
+    heard.end.result(60)
+    unused = threading.Event()
+    call.session.when_unused(unused.set)
+    assert not call.session.is_unused()
+    assert not unused.is_set()
+    del stored
+    assert unused.wait(60)
+    assert call.session.is_unused()
 
 
 def test_closing_ends_all_calls_and_deletes_all_results(
