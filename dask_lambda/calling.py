@@ -1,6 +1,7 @@
 """What an executor and all its views share: one session, one delivery thread, names for calls.
 
-May import: arguments, futures, scheduler, session, errors, the ground.
+May import: arguments, futures, scheduler, session, loop_thread, plan, report, config, errors, the
+ground.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from dask._task_spec import Task
 from dask.utils import parse_bytes
 
 from dask_lambda.arguments import parse
-from dask_lambda.errors import ConfigurationError, DaskLambdaError, OutOfMemoryError
+from dask_lambda.config import MAX_TIMEOUT
+from dask_lambda.errors import ConfigurationError, DaskLambdaError
 from dask_lambda.futures import Delivery, Heard, LambdaFuture
 from dask_lambda.loop_thread import claim_process
+from dask_lambda.plan import Where
 from dask_lambda.report import RunReport
 from dask_lambda.scheduler import LambdaScheduler, note_report
 from dask_lambda.session import Session
@@ -41,11 +44,13 @@ class Limits:
         Bytes that it needs; 0 if nothing is said.
     timeout : float, optional
         Seconds after which it is interrupted.
+    where : {"lambda", "local"}, optional
     """
 
     retries: int | None = None
     memory: int = 0
     timeout: float | None = None
+    where: Where | None = None
 
     def given(self, **said: Any) -> Limits:
         """Return these limits with others in place of some; None leaves one as it is.
@@ -92,7 +97,14 @@ def _timeout(value: Any) -> float:
     return float(value)
 
 
+def _where(value: Any) -> Any:
+    if value not in get_args(Where):
+        raise ConfigurationError(f"where is {value!r}; it must be 'lambda' or 'local'")
+    return value
+
+
 _CHECKS: dict[str, Callable[[Any], Any]] = {
+    "where": _where,
     "retries": _retries,
     "memory": _memory,
     "timeout": _timeout,
@@ -156,8 +168,8 @@ class Calling:
         session = self._session if self._is_open() else None
         if session is None:
             session = self.session()
-        if limits.memory or limits.timeout:
-            check(limits, session)
+        if limits.memory or limits.timeout or limits.where:
+            check(name or name_of(function), limits, session)
         found: dict[str, LambdaFuture] = {}
         arguments = [parse(each, session, found) for each in arguments]
         if named:
@@ -231,6 +243,7 @@ class Calling:
                 retries=session.settings.retries if retries is None else retries,
                 memory=limits.memory,
                 timeout=limits.timeout,
+                where=limits.where,
                 stored=future._stored,
             )
         except DaskLambdaError as error:
@@ -309,28 +322,22 @@ class Deferred:
             self._act()
 
 
-def check(limits: Limits, session: Session) -> None:
-    """Refuse what no function offers.
+def check(name: str, limits: Limits, session: Session) -> None:
+    """Refuse what no function, and nothing else that there is, offers.
 
     Raises
     ------
-    OutOfMemoryError, ConfigurationError
+    OutOfMemoryError, FunctionTimeoutError, ConfigurationError
     """
-    settings, invokers = session.settings, session.engine.backend.invokers
-    known = [invoker.memory_mb for invoker in invokers if invoker.memory_mb]
-    memory_mb = max([settings.memory if not known else 0, *known, *settings.larger_functions])
-    if limits.memory > memory_mb * 2**20:
-        raise OutOfMemoryError(
-            f"the call is said to need {limits.memory / 2**20:,.0f} MB, more than the function's "
-            f"{memory_mb:,} MB; nothing was sent. Give the function more memory "
-            "(dask-lambda.memory; Lambda allows 10,240 MB), or name a larger one in "
-            "dask-lambda.larger-functions."
-        )
-    if limits.timeout is not None and limits.timeout > settings.timeout:
+    timeout, offered = limits.timeout, session.settings.timeout
+    if timeout is not None and offered < timeout <= MAX_TIMEOUT and limits.where != "local":
         raise ConfigurationError(
-            f"timeout={limits.timeout:g} is more than the function's {settings.timeout} seconds "
-            "(dask-lambda.timeout; Lambda allows 900); nothing was sent"
+            f"timeout={timeout:g} is more than the function's {offered} seconds "
+            f"(dask-lambda.timeout; Lambda allows {MAX_TIMEOUT}); nothing was sent"
         )
+    failure = session.refusal(name, limits.where, limits.memory, timeout)
+    if failure is not None:
+        raise failure
 
 
 def name_of(function: Any) -> str:

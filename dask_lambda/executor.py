@@ -20,6 +20,7 @@ from dask_lambda.cost import Prices
 from dask_lambda.errors import ConfigurationError
 from dask_lambda.futures import LambdaFuture
 from dask_lambda.mapping import LOOK_AHEAD, Results
+from dask_lambda.plan import Where
 from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.scheduler import LambdaScheduler
 from lambda_worker.calls import run_chunk
@@ -113,6 +114,8 @@ class LambdaExecutor(Executor):
             What a call needs, in bytes, or as "2 GB".
         timeout : float, optional
             Seconds after which a call is interrupted.
+        where : {"lambda", "local"}, optional
+            Where it runs, if that is not left to what it needs.
 
         Raises
         ------
@@ -134,6 +137,7 @@ class LambdaExecutor(Executor):
         retries: int | None = None,
         memory: int | str | None = None,
         timeout: float | None = None,
+        where: Where | None = None,
         **kwargs: Any,
     ) -> LambdaFuture:
         """Call a function on Lambda.
@@ -145,7 +149,7 @@ class LambdaExecutor(Executor):
             For the function.  Futures of this executor in them (also in lists, tuples, sets, dicts
             and dataclasses) become what they are futures of; the call starts when all of them are
             done, and fails as the first of them that fails.
-        retries, memory, timeout
+        retries, memory, timeout, where
             As for :meth:`options`, for this call.  To a function that has arguments of these names,
             give them with ``functools.partial``.
 
@@ -161,12 +165,12 @@ class LambdaExecutor(Executor):
             After :meth:`shutdown`.
         TypeError
             If the function cannot be called, or for futures that are not this executor's.
-        ConfigurationError, OutOfMemoryError
-            For more memory or time than a function has: nothing is sent.
+        ConfigurationError, OutOfMemoryError, FunctionTimeoutError
+            For more memory or time than there is anywhere: nothing is sent.
         """
         limits = self._limits
-        if retries is not None or memory is not None or timeout is not None:
-            limits = limits.given(retries=retries, memory=memory, timeout=timeout)
+        if any(each is not None for each in (retries, memory, timeout, where)):
+            limits = limits.given(retries=retries, memory=memory, timeout=timeout, where=where)
         return self._calling.submit(fn, args, kwargs, limits)
 
     def map(

@@ -329,6 +329,20 @@ class Session:
         self._wake()
         return stored
 
+    def refusal(
+        self, key: Key, where: Where | None, memory: int, timeout: float | None
+    ) -> BaseException | None:
+        """Return why a call could not run anywhere, before it is submitted.
+
+        Parameters
+        ----------
+        key : key
+            Under which the error names it.
+        where, memory, timeout
+            As for :meth:`submit`.
+        """
+        return self._place(key, where, memory, timeout)[1]
+
     def _place(
         self, key: Key, where: Where | None, memory: int, timeout: float | None
     ) -> tuple[Where, BaseException | None]:

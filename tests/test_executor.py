@@ -244,6 +244,10 @@ def test_a_call_that_raises_is_tried_again_as_often_as_it_says(executor, tmp_pat
         executor.options(retries=1).submit(count_to, second, 3).result(WAIT)
 
 
+def environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
 def where(*_: Any) -> str:
     return os.environ["AWS_LAMBDA_FUNCTION_NAME"]
 
@@ -261,21 +265,40 @@ def test_calls_that_need_more_memory_all_go_to_a_larger_function(make, deploy):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"memory": "20 GB"}, OutOfMemoryError),
+        ({"memory": "3 GB"}, OutOfMemoryError),
+        ({"memory": "3000 TB"}, OutOfMemoryError),
         ({"memory": 2048}, ConfigurationError),
         ({"memory": "much"}, ConfigurationError),
-        ({"timeout": 901}, ConfigurationError),
+        ({"timeout": -1}, ConfigurationError),
         ({"timeout": 0}, ConfigurationError),
         ({"timeout": float("nan")}, ConfigurationError),
         ({"retries": -1}, ConfigurationError),
         ({"retries": True}, ConfigurationError),
+        ({"where": "here"}, ConfigurationError),
     ],
 )
 def test_limits_that_no_function_has_are_refused_at_once(executor, options, error):
     before = executor.report.invocations
-    with pytest.raises(error, match="memory|timeout|retries"):
+    with pytest.raises(error, match="memory|timeout|retries|where"):
         executor.submit(double, 1, **options)
     assert executor.report.invocations == before
+
+
+def test_a_call_cannot_have_more_time_than_its_function(make):
+    executor = make(timeout=60)
+    with pytest.raises(ConfigurationError, match=r"100.*60 seconds"):
+        executor.submit(double, 1, timeout=100)
+    with pytest.raises(ConfigurationError, match=r"100.*60 seconds"):
+        executor.options(timeout=100).map(double, [1])
+
+
+def test_calls_may_run_on_the_users_own_machine(executor):
+    local = executor.options(where="local")
+    large = local.submit(ones, LARGE)
+    assert local.submit(os.getpid).result(WAIT) != os.getpid()
+    assert executor.submit(np.sum, large).result(WAIT) == LARGE
+    assert local.submit(environment).result(WAIT).get("AWS_LAMBDA_FUNCTION_NAME") is None
+    assert executor.submit(environment).result(WAIT)["AWS_LAMBDA_FUNCTION_NAME"]
 
 
 def test_what_cannot_be_called_is_refused(executor):
