@@ -18,10 +18,12 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures._base import CANCELLED, FINISHED, PENDING, RUNNING
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 from dask_lambda.distant import Answer, DistantFuture, Source, answer_name
+from dask_lambda.errors import DaskLambdaError, RemoteError
 from dask_lambda.report import CallReport
 from dask_lambda.run import Sealed
 from dask_lambda.session import Session, Stored
@@ -407,22 +409,25 @@ class Delivery:
 
     def announce(self, future: LambdaFuture) -> None:
         """Write for readers elsewhere what became of a future that was pickled before its end."""
-        if not future._notes:
-            return
-        session = future._session
-        try:
-            answer = future._answer()
-            for name in tuple(future._notes):
-                answered = answer_name(name)
-                future._notes.append(answered)
-                try:
-                    session.write_note(answered, answer).result()
-                except TypeError as error:
-                    text = f"{type(error).__name__}: {error}"
-                    answer = Answer(exception=RuntimeError(text))
-                    session.write_note(answered, answer).result()
-        except Exception as error:  # noqa: BLE001  readers will find that there is none
-            logger.warning("other processes will not hear of the end of %s: %s", future.key, error)
+        session, answer = future._session, None
+        for name in tuple(future._notes):
+            answer = answer or future._answer()
+            future._notes.append(answer_name(name))
+            try:
+                begun = session.write_note(answer_name(name), answer)
+            except DaskLambdaError:  # the session is closed, and with it the notes are gone
+                return
+            except Exception as error:  # noqa: BLE001  an exception that cannot be pickled
+                text = f"{type(answer.exception).__name__}: {answer.exception} ({error})"
+                answer = Answer(exception=RemoteError(text), log=answer.log)
+                begun = session.write_note(answer_name(name), answer)
+            begun.add_done_callback(partial(_written, future))
+
+
+def _written(future: LambdaFuture, done: Future[None]) -> None:
+    """Say that an answer could not be written; until then the future, and the notes, are held."""
+    if not done.cancelled() and (error := done.exception()) and not future._session.closed:
+        logger.warning("other processes will not hear of the end of %s: %s", future.key, error)
 
 
 def _opened(fetched: Future[Sealed], future: LambdaFuture) -> tuple[Any, Any]:

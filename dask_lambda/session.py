@@ -347,6 +347,8 @@ class Session:
         self, key: Key, where: Where | None, memory: int, timeout: float | None
     ) -> tuple[Where, BaseException | None]:
         """Decide where a call runs, or why it cannot run at all."""
+        if where is None and not memory and not timeout:  # nearly all calls
+            return "lambda", None
         if where not in (None, *get_args(Where)):
             raise errors.ConfigurationError(f"where={where!r} must be 'lambda' or 'local'")
         # A limit below Lambda's own says how long it may take, and not how long it takes.

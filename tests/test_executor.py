@@ -35,6 +35,7 @@ from dask_lambda.errors import (
     InvocationError,
     LostDataError,
     OutOfMemoryError,
+    RemoteError,
     UnserializableError,
 )
 from dask_lambda.local import LocalAWS
@@ -796,6 +797,30 @@ def test_a_pickled_future_that_waits_hears_of_failures_and_of_cancelling(make, g
     assert pickle.loads(pickle.dumps(elsewhere[0])).result(WAIT).sum() == LARGE
     with pytest.raises(ValueError, match="no 1"):
         elsewhere[1].result(WAIT)
+
+
+class OnlyHere(Exception):
+    """Cannot be pickled by whoever got it."""
+
+    def __reduce__(self) -> Any:
+        if "AWS_LAMBDA_FUNCTION_NAME" in os.environ:
+            return OnlyHere, self.args
+        raise AttributeError("it stays here")
+
+
+def refuse(gate: Gate) -> None:
+    gate()
+    raise OnlyHere("whatever it is")
+
+
+def test_an_exception_that_cannot_be_pickled_is_told_elsewhere_as_text(executor, gate):
+    future = executor.submit(refuse, gate)
+    elsewhere = pickle.loads(pickle.dumps(future))
+    gate.open()
+    with pytest.raises(OnlyHere):
+        future.result(WAIT)
+    with pytest.raises(RemoteError, match="OnlyHere: whatever it is"):
+        elsewhere.result(WAIT)
 
 
 def test_a_future_elsewhere_says_that_its_owner_has_let_go(executor, gate, bucket_names):
