@@ -9,7 +9,9 @@ and its defaults in Dask's configuration; nothing is started before the first co
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from dask.base import named_schedulers
 
@@ -18,7 +20,22 @@ from dask_lambda.report import RunReport
 from dask_lambda.saved import load, save
 from dask_lambda.scheduler import LambdaScheduler, last_report
 
-__all__ = ["LambdaScheduler", "RunReport", "lambda_get", "last_report", "load", "save"]
+if TYPE_CHECKING:
+    from dask_lambda.cluster import LambdaClient, LambdaCluster
+
+__all__ = [
+    "LambdaClient",
+    "LambdaCluster",
+    "LambdaScheduler",
+    "RunReport",
+    "lambda_get",
+    "last_report",
+    "load",
+    "save",
+]
+
+#: Where those names are that are imported when they are asked for: distributed takes its time.
+_LATE = {"LambdaClient": "cluster", "LambdaCluster": "cluster"}
 
 try:
     __version__ = version("dask_lambda")
@@ -31,3 +48,15 @@ load_defaults()
 lambda_get = LambdaScheduler().get
 
 named_schedulers["lambda"] = lambda_get
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        value = getattr(import_module(f"dask_lambda.{_LATE[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})

@@ -45,6 +45,7 @@ class AWSBackend:
     region: str
     endpoint_url: str | None
     s3: Callable[[], Any]  #: makes a botocore client, for what is no matter of a run
+    affordable: Callable[[int], int]  #: of so many invocations in flight, how many are possible
     lasting: bool = True  #: whether what is in the bucket outlives this process
     local: ProcessInvoker | ExecutorInvoker | None = None  #: for what does not run on Lambda
 
@@ -112,6 +113,7 @@ def _local(settings: Settings) -> AWSBackend:
         s3=partial(aws.client, "s3"),
         # Processes elsewhere on this machine cannot find these credentials, nor do they expire.
         local=_elsewhere(settings, aws.bucket, bucket, open_),
+        affordable=partial(_served, aws.concurrency),
         lasting=aws.is_shared,
     )
 
@@ -134,6 +136,18 @@ def usual_window(settings: Settings) -> int:
     from dask_lambda.local_start import INVOCATIONS_PER_CORE, available_cores
 
     return INVOCATIONS_PER_CORE * available_cores()
+
+
+def _served(concurrency: int, window: int) -> int:
+    """Lower the window to what the embedded AWS was started for."""
+    if window > concurrency:
+        logger.warning(
+            "the embedded AWS serves %d invocations at the same time, not %d: it was started with "
+            "dask-lambda.concurrency, by default three for each core",
+            concurrency,
+            window,
+        )
+    return min(window, concurrency)
 
 
 def _affordable(window: int) -> int:
@@ -215,6 +229,7 @@ def _aws(settings: Settings) -> AWSBackend:
         region=session.region_name,
         endpoint_url=settings.endpoint_url,
         s3=partial(session.client, "s3", endpoint_url=settings.endpoint_url),
+        affordable=_affordable,
         local=_elsewhere(
             settings,
             settings.bucket,
