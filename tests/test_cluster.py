@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from operator import add
+from pathlib import Path
 from time import sleep
 from typing import Any
 
@@ -303,12 +304,18 @@ def test_client_run_runs_where_the_cluster_is(client: Client) -> None:
 
 
 def test_cancelled_calls_end_and_their_slots_are_free(
-    client: Client, cluster: LambdaCluster
+    client: Client, cluster: LambdaCluster, tmp_path: Path
 ) -> None:
-    long = client.map(nap, [30.0 + i for i in range(cluster.window)])
-    more = client.submit(nap, 29.5)
+    def until(i: int, flag: str) -> None:  # Lambda does not call back what it runs
+        while not os.path.exists(flag):
+            sleep(0.02)
+
+    flag = tmp_path / "flag"
+    long = client.map(until, range(cluster.window), flag=str(flag))
+    more = client.submit(inc, 12345)
     assert eventually(lambda: cluster.scheduler.unfinished() == len(long) + 1)
     client.cancel([*long, more])
     with pytest.raises(FutureCancelledError):
         more.result()
     assert eventually(lambda: cluster.scheduler.unfinished() == 0, 5)
+    flag.touch()

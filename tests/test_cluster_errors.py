@@ -130,7 +130,7 @@ def test_a_worker_that_dies_and_a_task_that_takes_too_long_are_errors_of_ours(
     with pytest.raises(WorkerDiedError, match="'dying'"):
         client.submit(os._exit, 3, key="dying").result()
     with dask.annotate(timeout=0.2), pytest.raises(FunctionTimeoutError, match="'slow'"):
-        client.submit(nap, 30, key="slow").result()
+        client.submit(nap, 3, key="slow").result()
 
 
 def test_what_cannot_be_pickled_is_named(client: Client) -> None:
@@ -222,7 +222,7 @@ def test_annotations_that_make_no_sense_are_refused_before_anything_is_sent(
         client.submit(inc, 1, pure=False).result()
     with dask.annotate(timeout=-1), pytest.raises(ConfigurationError, match="timeout=-1"):
         client.submit(inc, 1, pure=False).result()
-    with dask.annotate(memory="1 TB"), pytest.raises(OutOfMemoryError, match="said to need"):
+    with dask.annotate(memory="1 TB"), pytest.raises(OutOfMemoryError, match="fits nowhere"):
         client.submit(inc, 1, pure=False).result()
     assert cluster.report.invocations == before
 
@@ -305,7 +305,7 @@ def test_a_restart_gives_up_what_runs_deletes_results_and_goes_on(
 ) -> None:
     large = client.submit(ones, BIG)
     wait(large)
-    running = client.submit(nap, 30)
+    running = client.submit(nap, 3)
     client.restart()
     assert running.cancelled()
     assert eventually(lambda: not results(bucket_names), 5)
@@ -447,7 +447,7 @@ client = LambdaClient(backend="aws", function={aws.function!r}, bucket={aws.buck
     region={aws.region!r}, endpoint_url={aws.endpoint_url!r}, concurrency=2, dashboard_address=None)
 large = client.submit(np.ones, {BIG})
 wait(large)
-running = client.submit(time.sleep, 20)
+running = client.submit(time.sleep, 3)
 print("started", flush=True)
 {SCRIPTS[end]}
 """
