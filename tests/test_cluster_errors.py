@@ -232,6 +232,19 @@ def test_memory_that_a_function_has_is_granted(client: Client) -> None:
         assert client.submit(inc, 1, pure=False).result() == 2
 
 
+def test_what_is_to_run_here_runs_here_and_reads_what_lambda_wrote(client: Client) -> None:
+    def total(block: np.ndarray) -> tuple[float, str]:
+        return block.sum(), os.environ.get("AWS_LAMBDA_FUNCTION_NAME", "")
+
+    block = client.submit(ones, BIG)
+    with dask.annotate(where="local"):
+        here = client.submit(total, block)
+    assert here.result() == (BIG, "")
+    there, function = client.submit(total, block, pure=False).result()
+    assert there == BIG
+    assert function
+
+
 def test_resources_bound_how_many_run_and_what_nobody_has_is_an_error(
     client: Client, tmp_path: Path
 ) -> None:
