@@ -55,7 +55,7 @@ from distributed.worker_state_machine import (
 )
 
 from dask_lambda.annotations import task_memory, task_timeout
-from dask_lambda.graph import short
+from dask_lambda.graph import short, under
 from dask_lambda.proxy_scheduler import AHEAD
 from dask_lambda.report import CallReport
 from dask_lambda.run import Sealed
@@ -229,7 +229,7 @@ class ProxyWorker(distributed.Worker):
             names = {each.key: self.data[each.key].key for each in ts.dependencies}
             said = ts.annotations or {}
             call.stored = self.session.submit(
-                adapted(ts.run_spec).substitute(names, key=name),
+                under(name, adapted(ts.run_spec).substitute(names, key=name)),
                 call,
                 inputs=names.values(),
                 kind=key_split(ts.key),

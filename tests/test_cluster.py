@@ -245,6 +245,8 @@ def test_delayed_results_are_futures_with_client_compute(client: Client) -> None
     assert future.result() == 3
     assert client.get({"x": (inc, "y"), "y": 1}, "x") == 2
     assert dask.compute(delayed(inc)(5)) == (6,)
+    nested = client.compute({"x": [delayed(inc)(1), da.ones(3).sum()], "y": 1})
+    assert nested.result() == {"x": [2, 3], "y": 1}
 
 
 # -- what else clients have ----------------------------------------------------------------------
