@@ -195,7 +195,8 @@ class ProxyWorker(distributed.Worker):
         """Change how many invocations may be in flight; return how many that will be."""
         self.window = self.session.resize(window)
         self.state.nthreads = self.window * AHEAD
-        self.handle_stimulus(UnpauseEvent(stimulus_id=f"window-{time()}"))
+        if self.status == Status.running:  # there may be room for tasks that are ready
+            self.handle_stimulus(UnpauseEvent(stimulus_id=f"window-{time()}"))
         return self.window
 
     # -- running tasks ---------------------------------------------------------------------------
