@@ -86,6 +86,7 @@ bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.overhead
 	@$(BIN)/python -m benchmarks.overhead --memory
 	@$(BIN)/python -m benchmarks.faces
+	@$(BIN)/python -m benchmarks.faces_cluster
 	@$(BIN)/python -m benchmarks.plans
 	@$(BIN)/python -m benchmarks.cold_start
 	@$(BIN)/python -m benchmarks.compression

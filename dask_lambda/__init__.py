@@ -9,7 +9,9 @@ and its defaults in Dask's configuration; nothing is started before the first co
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from dask.base import named_schedulers
 
@@ -21,8 +23,13 @@ from dask_lambda.report import RunReport
 from dask_lambda.saved import load, save
 from dask_lambda.scheduler import LambdaScheduler, last_report
 
+if TYPE_CHECKING:
+    from dask_lambda.cluster import LambdaClient, LambdaCluster
+
 __all__ = [
     "DistantFuture",
+    "LambdaClient",
+    "LambdaCluster",
     "LambdaExecutor",
     "LambdaFuture",
     "LambdaScheduler",
@@ -32,6 +39,9 @@ __all__ = [
     "load",
     "save",
 ]
+
+#: Where those names are that are imported when they are asked for: distributed takes its time.
+_LATE = {"LambdaClient": "cluster", "LambdaCluster": "cluster"}
 
 try:
     __version__ = version("dask_lambda")
@@ -44,3 +54,15 @@ load_defaults()
 lambda_get = LambdaScheduler().get
 
 named_schedulers["lambda"] = lambda_get
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        value = getattr(import_module(f"dask_lambda.{_LATE[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})

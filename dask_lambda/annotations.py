@@ -119,6 +119,29 @@ class Annotations:
         return found if found.usual == "local" or "local" in found.of.values() else None
 
 
+def task_memory(key: Key, said: Any) -> int:
+    """Return the bytes of memory that one task is said to need; 0 if nothing is said.
+
+    Raises
+    ------
+    ConfigurationError
+        If what is said is no number of bytes.
+    """
+    return 0 if said is None else int(_number("memory", key, said, parse_bytes))
+
+
+def task_timeout(key: Key, said: Any) -> float | None:
+    """Return the seconds after which one task is to be interrupted, if anything is said.
+
+    Raises
+    ------
+    ConfigurationError
+        If what is said is no number of seconds.
+    """
+    seconds: float | None = None if said is None else _number("timeout", key, said, _seconds)
+    return seconds
+
+
 def _number(name: str, key: Key, value: Any, number: Callable[[Any], Any]) -> Any:
     try:
         return number(value)
@@ -131,6 +154,7 @@ def _number(name: str, key: Key, value: Any, number: Callable[[Any], Any]) -> An
 
 _WHAT = {
     "seconds": "a number of seconds",
+    "timeout": "a number of seconds",
     "memory": "a number of bytes",
     "nbytes": "a number of bytes",
     "where": "a place",

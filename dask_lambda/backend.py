@@ -45,6 +45,7 @@ class AWSBackend:
     region: str
     endpoint_url: str | None
     s3: Callable[[], Any]  #: makes a botocore client, for what is no matter of a run
+    affordable: Callable[[int], int]  #: of so many invocations in flight, how many are possible
     keys: tuple[str, str] | None = None  #: of the embedded AWS, drawn when it was started
     lasting: bool = True  #: whether what is in the bucket outlives this process
     local: ProcessInvoker | ExecutorInvoker | None = None  #: for what does not run on Lambda
@@ -114,6 +115,7 @@ def _local(settings: Settings) -> AWSBackend:
         # Processes elsewhere on this machine cannot find these credentials, nor do they expire.
         local=_elsewhere(settings, aws.bucket, bucket, open_),
         keys=(aws.access_key_id, aws.secret_access_key),
+        affordable=partial(_served, aws.concurrency),
         lasting=aws.is_shared,
     )
 
@@ -171,6 +173,18 @@ def usual_window(settings: Settings) -> int:
     from dask_lambda.local_start import INVOCATIONS_PER_CORE, available_cores
 
     return INVOCATIONS_PER_CORE * available_cores()
+
+
+def _served(concurrency: int, window: int) -> int:
+    """Lower the window to what the embedded AWS was started for."""
+    if window > concurrency:
+        logger.warning(
+            "the embedded AWS serves %d invocations at the same time, not %d: it was started with "
+            "dask-lambda.concurrency, by default three for each core",
+            concurrency,
+            window,
+        )
+    return min(window, concurrency)
 
 
 def _affordable(window: int) -> int:
@@ -252,6 +266,7 @@ def _aws(settings: Settings) -> AWSBackend:
         region=session.region_name,
         endpoint_url=settings.endpoint_url,
         s3=partial(session.client, "s3", endpoint_url=settings.endpoint_url),
+        affordable=_affordable,
         local=_elsewhere(
             settings,
             settings.bucket,

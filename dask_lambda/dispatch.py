@@ -249,6 +249,7 @@ class Engine(LoopThread):
         max_seconds: float | None = None,
         memory_mb: int = MAX_MEMORY,
         modules: Mapping[str, Sequence[str]] | None = None,
+        shown: Callable[[Key], str] = short,
         **fields: Any,
     ) -> R:
         """Start a run to which tasks are added while it goes on, each with an end of its own.
@@ -261,11 +262,13 @@ class Engine(LoopThread):
             As for :meth:`start`.
         modules : dict, optional
             The same.
+        shown : callable
+            How users know a key.
         """
         graph = Graph({}, {}, {}, {}, frozenset(), {})
         plan = Plan((), frozenset(), (), frozenset(), graph)
         run = kind(
-            **self._equipment(plan, compression, modules, forgetful=True),
+            **self._equipment(plan, compression, modules, forgetful=True, shown=shown),
             inline_bytes=inline_bytes,
             keep_results=False,
             watch=True,

@@ -71,6 +71,8 @@ class Encoder:
         Whether what tasks hold is to be forgotten with them (:meth:`forget`).
     modules : LocalModules, optional
         Which of the user's own modules travel with the tasks.
+    shown : callable
+        How users know a key.
 
     Attributes
     ----------
@@ -99,6 +101,7 @@ class Encoder:
         inline_literals: int = 0,
         forgetful: bool = False,
         modules: LocalModules | None = None,
+        shown: Callable[[Key], str] = short,
     ):
         self.written: set[str] = set()
         self.label = label
@@ -126,6 +129,7 @@ class Encoder:
         self._archives: dict[frozenset[str], asyncio.Task[Modules]] = {}  # by what is needed
         self._frames: dict[tuple[int, int], tuple[Any, str]] = {}  # buffer -> itself, name
         self._forgetful = forgetful
+        self._shown = shown
         self._frames_named = 0
         self._digests: dict[str, str] = {}  # of buffers -> name
         self._users: dict[tuple[int, int], set[Key]] = {}  # buffer -> an output of who uses it
@@ -240,8 +244,9 @@ class Encoder:
             payload = _json(request.to_json())
             if len(payload) > protocol.MAX_PAYLOAD_BYTES:
                 raise PayloadTooLargeError(
-                    f"Task {short(groups[0].outputs[-1])}: its payload of {len(payload):,} bytes "
-                    f"exceeds Lambda's limit of {protocol.MAX_PAYLOAD_BYTES:,}"
+                    f"Task {self._shown(groups[0].outputs[-1])}: its payload of "
+                    f"{len(payload):,} bytes exceeds Lambda's limit of "
+                    f"{protocol.MAX_PAYLOAD_BYTES:,}"
                 )
         return payload
 
@@ -320,7 +325,7 @@ class Encoder:
             with protocol.collect_references() as references:
                 frames = codec.serialize(body.fields(), self._functions.dumps)
         except Exception as error:
-            key = short(group.outputs[-1])
+            key = self._shown(group.outputs[-1])
             raise UnserializableError(
                 f"Task {key} cannot be pickled, so that it cannot be sent to Lambda "
                 f"({type(error).__name__}: {error}). Does its function or one of its arguments "

@@ -29,6 +29,7 @@ __all__ = [
     "LocalModulesError",
     "LostDataError",
     "MissingKeyError",
+    "NotOnLambdaError",
     "OutOfMemoryError",
     "PackagingError",
     "PayloadTooLargeError",
@@ -62,6 +63,10 @@ class MissingKeyError(DaskLambdaError, KeyError):
 
     def __str__(self) -> str:  # KeyError shows the repr of its argument
         return str(self.args[0]) if self.args else ""
+
+
+class NotOnLambdaError(DaskLambdaError, RuntimeError):
+    """A task needs what functions on Lambda do not have: a connection to other tasks."""
 
 
 class FunctionNotFoundError(DaskLambdaError):

@@ -119,7 +119,7 @@ def normalise(nodes: dict[Key, GraphNode], keys: Any) -> Graph:
         elif (reference := _stored(node)) is not None:
             graph.stored[key] = reference
         else:
-            graph.tasks[key] = node if node.key == key else _under(key, node)
+            graph.tasks[key] = under(key, node)
     return graph
 
 
@@ -170,8 +170,10 @@ def _alias_target(nodes: dict[Key, GraphNode], key: Key) -> Key:
     return seen[-1]
 
 
-def _under(key: Key, node: GraphNode) -> GraphNode:
-    """Return a task under the key that it has in the graph: lists may have none of their own."""
+def under(key: Key, node: GraphNode) -> GraphNode:
+    """Return a task under a key that it may not know: lists have none of their own."""
+    if node.key == key:
+        return node
     node = copy(node)
     node.key = key  # type: ignore[assignment]
     return node

@@ -36,6 +36,8 @@ class CallReport:
         When the reply came, in seconds since 1970.
     log : str
         The end of the invocation's log (at most 4 kB), in base64.
+    invocation : int
+        A number that calls have in common which one invocation has run.
     """
 
     seconds: float
@@ -47,6 +49,7 @@ class CallReport:
     kind: str
     finished: float
     log: str = field(default="", repr=False)
+    invocation: int = 0
 
 
 @dataclass(frozen=True, slots=True)

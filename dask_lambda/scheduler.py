@@ -276,6 +276,16 @@ class LambdaScheduler:
         settings = self._settings({})
         return Session(self._engine(settings), settings, shown)
 
+    def connect(self) -> None:
+        """Connect now, as otherwise the first computation does.
+
+        Raises
+        ------
+        DaskLambdaError
+            If the settings are wrong, or function or bucket cannot be used.
+        """
+        self._engine(self._settings({}))
+
     def close(self) -> None:
         """Cancel what runs, delete what was persisted, close all connections.  Idempotent.
 

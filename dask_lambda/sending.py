@@ -55,6 +55,9 @@ class Backend(Protocol):
     def refresh(self) -> None:
         """Look for credentials anew, since AWS says that these have expired."""
 
+    def affordable(self, window: int, /) -> int:
+        """Return how many of so many invocations may be in flight; warn if they are fewer."""
+
 
 class Sender:
     """Sends the invocations of one engine.

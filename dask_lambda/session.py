@@ -118,6 +118,7 @@ class _Spent:
     usd: float = 0.0
     invocations: int = 0
     log: str = ""
+    last: int = 0  # a number of the last of them
 
 
 @dataclass(eq=False)
@@ -133,6 +134,7 @@ class SessionRun(Run):
     session: Session = field(kw_only=True)
     calls: dict[Key, tuple[Stored, Call]] = field(default_factory=dict)
     spending: dict[Key, _Spent] = field(default_factory=dict)
+    attempts: int = 0  # that were noted
 
     def is_shared(self, key: Key) -> bool:
         """Whoever may come to read it."""
@@ -172,6 +174,7 @@ class SessionRun(Run):
                 kind=stored.kind,
                 finished=time.time(),
                 log=spent.log,
+                invocation=spent.last,
             )
         )
 
@@ -193,6 +196,7 @@ class SessionRun(Run):
 
     def note_attempt(self, groups: Sequence[Group], usd: float, log: str) -> None:
         """Take note of what an attempt at some calls has cost."""
+        self.attempts += 1
         for group in groups:
             key = group.outputs[0]
             if key in self.calls:
@@ -200,6 +204,7 @@ class SessionRun(Run):
                 spent.usd += usd / len(groups)
                 spent.invocations += 1
                 spent.log = log or spent.log
+                spent.last = self.attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +255,7 @@ class Session:
             max_seconds=settings.max_seconds,
             memory_mb=settings.memory,
             modules=settings.modules,
+            shown=shown,
             session=self,
             events=_Inbox(self._hear),
         )
@@ -376,8 +382,8 @@ class Session:
             frames = codec.serialize(value, FunctionCache(self._run.encoder.modules.note).dumps)
         except Exception as error:
             raise errors.UnserializableError(
-                f"the value {key!r}, a {type(value).__name__}, cannot be pickled, so that it "
-                f"cannot be sent to Lambda ({type(error).__name__}: {error})"
+                f"the value {self.shown(key)}, a {type(value).__name__}, cannot be pickled, so "
+                f"that it cannot be sent to Lambda ({type(error).__name__}: {error})"
             ) from error
         run = self._run
         name = run.object_name(key)
@@ -473,9 +479,23 @@ class Session:
         """Under which the objects of the session are sealed."""
         return self._run.secret
 
-    def resize(self, window: int) -> None:
-        """Change how many invocations may be in flight, of all runs of the engine."""
+    @property
+    def window(self) -> int:
+        """How many invocations may be in flight, of all runs of the engine."""
+        return self.engine.state.window.size
+
+    def resize(self, window: int) -> int:
+        """Change how many invocations may be in flight, of all runs of the engine.
+
+        Returns
+        -------
+        int
+            How many it will be: a process and the embedded AWS have limits, of which a warning is
+            logged.
+        """
+        window = self.engine.backend.affordable(window)
         self.engine.post(self.engine.handle, WindowChanged(window))
+        return window
 
     def report(self) -> RunReport:
         """Return what was done so far."""

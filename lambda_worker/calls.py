@@ -1,11 +1,12 @@
 """What single calls need on the worker.  May import: protocol.
 
-These are pickled by their names, so that they have to be the same on both sides.
+What tasks call here is pickled by its name, so that it has to be the same on both sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import CoroutineType
 from typing import Any
 
 from lambda_worker.protocol import Reference, load_reference
@@ -67,3 +68,27 @@ class Finished:
     def cancelled(self) -> bool:
         """Return False."""
         return False
+
+
+def finish(result: Any) -> Any:
+    """Return what a call comes to: of a coroutine, what it returns.
+
+    A coroutine function returns at once; what it has to do is done by an event loop of its own,
+    since nothing else runs in an environment meanwhile.
+    """
+    if type(result) is not CoroutineType:
+        return result
+    import asyncio  # which takes longer than most cold starts' other imports
+
+    return asyncio.run(result)
+
+
+def call_joblib(batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a batch of joblib's Dask backend, which expects a client of distributed's where it runs.
+
+    What is parallel inside its calls in turn is done one by one here.
+    """
+    from joblib import parallel  # type: ignore[import-untyped]
+
+    parallel.BACKENDS["dask"] = parallel.SequentialBackend
+    return batch(*args, **kwargs)

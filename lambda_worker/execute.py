@@ -1,4 +1,4 @@
-"""Running the tasks of one group.  May import: :mod:`lambda_worker.folds`, protocol, dask.
+"""Running the tasks of one group.  May import: :mod:`lambda_worker.folds`, calls, protocol, dask.
 
 Values are loaded when a task first reads them and dropped when the last one has; sums are
 accumulated as their terms appear.
@@ -17,6 +17,7 @@ from typing import Any
 from dask._task_spec import Alias  # tasks are unpickled into it: loaded at the cold start
 from dask.utils import key_split
 
+from lambda_worker.calls import finish
 from lambda_worker.folds import RunningSum, find_folds, replace_fold
 from lambda_worker.protocol import Body, Key
 
@@ -149,7 +150,7 @@ class GroupRun:
             for name in task.dependencies:
                 if name in self._sums:
                     self.values[name] = self._sums.pop(name).running
-            result = task(self.values)
+            result = finish(task(self.values))
             record[0] += 1
         self._drop_what_was_read(task)
         del task

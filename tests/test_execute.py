@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import weakref
@@ -35,6 +36,15 @@ def run_group(body: Body, inputs: dict):
 def test_one_task_runs_on_its_inputs():
     one = body([Task("z", add, TaskRef("x"), TaskRef("y"))], ["z"], ["x", "y"])
     assert list(run_group(one, {"x": 1, "y": 2})) == [(0, 3)]
+
+
+def test_what_a_coroutine_function_returns_is_the_result():
+    async def later(x):
+        await asyncio.sleep(0)
+        return x + 1
+
+    chain = [Task("a", later, TaskRef("x")), Task("b", inc, TaskRef("a"))]
+    assert list(run_group(body(chain, ["b"], ["x"]), {"x": 0})) == [(0, 2)]
 
 
 def test_tasks_of_a_group_pass_values_to_each_other():

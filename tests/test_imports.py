@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import dask_lambda
 import lambda_worker
 
 ROOT = Path(lambda_worker.__file__).parents[1]
@@ -17,7 +18,8 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "__init__", "cleaning", "saved"),
+    *("__main__", "cli", "cluster", "proxy", "proxy_scheduler", "unsupported"),
+    *("__init__", "cleaning", "saved"),
     *("executor", "mapping", "chains", "calling", "arguments", "futures", "distant"),
     *("scheduler", "session", "resume"),
     *("annotations", "placement"),
@@ -52,21 +54,9 @@ ENGINE = [
 ]
 #: The ground, likewise.
 GROUND = [
-    "calls",
-    *(
-        "standalone",
-        "handler",
-        "lease",
-        "limits",
-        "uploads",
-        "prefetch",
-        "execute",
-        "folds",
-        "commit",
-        "store",
-        "codec",
-    ),
-    *("codec", "cache", "memory", "modules", "protocol", "environment", "errors"),
+    *("standalone", "handler", "lease", "limits", "uploads", "prefetch", "execute", "calls"),
+    *("folds", "commit", "store", "codec", "cache", "memory", "modules", "protocol"),
+    *("environment", "errors"),
 ]
 #: The packaging of workers, likewise.
 DEPLOY = [
@@ -218,3 +208,11 @@ def test_importing_the_client_loads_no_aws_sdk_and_no_collection():
     loaded = loaded_by("import dask_lambda")
     assert "dask_lambda.scheduler" in loaded
     assert not loaded & {"boto3", "distributed", "dask.array", "dask.dataframe", "pandas", "scipy"}
+
+
+def test_the_classes_for_distributed_are_there_when_they_are_asked_for():
+    assert {"LambdaCluster", "LambdaClient"} <= set(dir(dask_lambda))
+    loaded = loaded_by("import dask_lambda; dask_lambda.LambdaCluster")
+    assert "dask_lambda.cluster" in loaded
+    with pytest.raises(AttributeError, match="LambdaClusters"):
+        dask_lambda.LambdaClusters  # noqa: B018
