@@ -17,7 +17,7 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "__init__", "cleaning", "saved"),
+    *("__init__", "cleaning", "saved"),
     *("executor", "mapping", "chains", "calling", "arguments", "futures", "distant"),
     *("scheduler", "session", "resume"),
     *("annotations", "placement"),
