@@ -1,0 +1,173 @@
+"""What is deployed: the function's code and its layers, as zip files.
+
+May import: local_start (for the installed worker), the standard library.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+from dask_lambda import local_start
+
+Architecture = Literal["x86_64", "arm64"]
+
+#: Lambda takes zip files up to this size in the request itself, larger ones from S3.  The request
+#: holds them in base64, and has room for 70,167,211 bytes (Lambda's API: CreateFunction).
+MAX_DIRECT_BYTES = 50 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """A zip file.
+
+    Attributes
+    ----------
+    source : bytes or Path
+    size : int
+        Bytes.
+    sha256 : str
+        In hexadecimal digits.
+    """
+
+    source: bytes | Path = field(repr=False)
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, source: bytes | Path) -> Archive:
+        """Measure a zip file that is in memory, or on disk."""
+        if isinstance(source, bytes):
+            return cls(source, len(source), hashlib.sha256(source).hexdigest())
+        with open(source, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(source, source.stat().st_size, digest)
+
+    @property
+    def code_sha256(self) -> str:
+        """The hash as Lambda tells it (``CodeSha256``)."""
+        return base64.b64encode(bytes.fromhex(self.sha256)).decode("ascii")
+
+    @property
+    def is_large(self) -> bool:
+        """Whether Lambda takes it from S3 only."""
+        return self.size > MAX_DIRECT_BYTES
+
+    def read(self) -> bytes:
+        """Return its bytes."""
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A zip file that Lambda unpacks into ``/opt``.
+
+    Attributes
+    ----------
+    name : str
+        Among the layers of the package.
+    archive : Archive
+    content : str
+        Hash of what it holds: a layer of equal content is not uploaded again.
+    """
+
+    name: str
+    archive: Archive
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """What runs in Lambda.
+
+    Attributes
+    ----------
+    code : Archive
+        The function's own zip file.
+    layers : tuple of Layer
+        In the order in which Lambda unpacks them: later ones overwrite.
+    runtime : str
+        ``"python3.12"``
+    architecture : {"x86_64", "arm64"}
+    handler : str
+    environment : str
+        Hash of all packages and their versions, that names this environment.
+    variables : tuple of (str, str)
+        Environment variables of the function that the package needs.
+    """
+
+    code: Archive
+    layers: tuple[Layer, ...] = ()
+    runtime: str = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    architecture: Architecture = "x86_64"
+    handler: str = local_start.HANDLER
+    environment: str = ""
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+def worker_only(architecture: Architecture = "x86_64") -> Package:
+    """Return ``lambda_worker`` alone, for functions that find all other packages where they run.
+
+    That is so on emulators that run functions in this Python environment.
+    """
+    code = Archive.of(local_start.worker_code())
+    return Package(code, architecture=architecture, environment=code.sha256[:16])
+
+
+class _Layer(Protocol):
+    @property
+    def file(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+class _Platform(Protocol):
+    @property
+    def python(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+
+
+class Environment(Protocol):
+    """What is needed of an environment that was built: its layers are files in its directory."""
+
+    @property
+    def digest(self) -> str: ...  # noqa: D102
+    @property
+    def platform(self) -> _Platform: ...  # noqa: D102
+    @property
+    def layers(self) -> Sequence[_Layer]: ...  # noqa: D102
+    @property
+    def directory(self) -> Path: ...  # noqa: D102
+
+
+def from_environment(
+    built: Environment, code: bytes, variables: Sequence[tuple[str, str]] = ()
+) -> Package:
+    """Return an environment that was built, with the function's code, as what is deployed.
+
+    Parameters
+    ----------
+    built : Environment
+    code : bytes
+        Zip file of ``lambda_worker``.
+    variables : sequence of (str, str)
+        Environment variables of the function that it needs.
+    """
+    layers = tuple(
+        Layer(f"packages-{number}", Archive.of(built.directory / layer.file), layer.sha256)
+        for number, layer in enumerate(built.layers, 1)
+    )
+    return Package(
+        Archive.of(code),
+        layers,
+        f"python{built.platform.python}",
+        cast(Architecture, built.platform.architecture),
+        environment=built.digest,
+        variables=tuple(variables),
+    )
