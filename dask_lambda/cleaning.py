@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from dask_lambda import kept_runs, lifecycle
 from dask_lambda.config import Settings
-from dask_lambda.credentials import NO_CREDENTIALS
+from dask_lambda.credentials import NO_CREDENTIALS, region_of_environment
 from dask_lambda.errors import (
     AccessDeniedError,
     BucketNotFoundError,
@@ -349,7 +349,7 @@ def _client(place: Place) -> Any:
     from botocore.exceptions import BotoCoreError
 
     try:
-        session = boto3.Session(region_name=place.region)
+        session = boto3.Session(region_name=place.region or region_of_environment())
         return session.client(
             "s3",
             endpoint_url=place.endpoint_url,

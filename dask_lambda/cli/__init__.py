@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dask_lambda.cli import bucket, local, runs
+from dask_lambda.cli import bucket, deploy, local, look, runs
 
 
 class _Group(click.Group):
@@ -23,6 +23,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except DaskLambdaError as error:
             raise click.ClickException(str(error)) from error
+        except Exception as error:
+            if type(error).__module__.startswith("botocore."):  # not imported for this alone
+                raise click.ClickException(f"AWS: {error}") from error
+            raise
 
 
 def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -50,5 +54,9 @@ def main() -> None:
     """Run Dask graphs on AWS Lambda and S3."""
 
 
-for command in (local.local, runs.runs, bucket.clean, bucket.lifecycle_rules):
+for command in (
+    *(deploy.deploy, deploy.status, deploy.destroy),
+    *(look.hello, look.doctor, look.logs),
+    *(local.local, runs.runs, bucket.clean, bucket.lifecycle_rules),
+):
     main.add_command(command)

@@ -9,6 +9,11 @@ import click
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
+name = click.option("--name", default="dask-lambda", show_default=True, help="Of the deployment.")
+region = click.option("--region", help="Default: that of your AWS profile, or AWS_REGION.")
+endpoint_url = click.option(
+    "--endpoint-url", metavar="URL", help="Of an emulator, in place of AWS's own."
+)
 
 
 def size(nbytes: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dask_lambda.credentials import NO_CREDENTIALS
+from dask_lambda.credentials import NO_CREDENTIALS, region_of_environment
 from dask_lambda.deploy import policies
 from dask_lambda.deploy.naming import Where
 from dask_lambda.errors import AccessDeniedError, ConfigurationError, DeploymentError
@@ -19,8 +19,12 @@ from dask_lambda.errors import AccessDeniedError, ConfigurationError, Deployment
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
 
+    from dask_lambda.local import LocalAWS
+
 #: Attempts of a request that AWS throttles or that the network loses; waits between them grow.
 ATTEMPTS = 8
+#: The first request of all finds out if the region is misspelt: nobody wants to wait for that.
+ASKED_WHO = 2
 #: Seconds; uploads of large archives take their time.
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 120
 
@@ -75,9 +79,15 @@ class Account:
         from botocore.exceptions import BotoCoreError
 
         try:
-            return cls(boto3.Session(region_name=region), endpoint_url)
+            session = boto3.Session(region_name=region or region_of_environment())
+            return cls(session, endpoint_url)
         except BotoCoreError as error:
             raise ConfigurationError(f"the AWS configuration cannot be used: {error}") from error
+
+    @classmethod
+    def of_local(cls, aws: LocalAWS) -> Account:
+        """Return the account of an embedded AWS."""
+        return cls(_LocalSession(aws), aws.endpoint_url)
 
     def client(self, service: str) -> Any:
         """Return a botocore client of a service, the same one each time."""
@@ -88,7 +98,10 @@ class Account:
             config = Config(
                 connect_timeout=CONNECT_TIMEOUT,
                 read_timeout=READ_TIMEOUT,
-                retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+                retries={
+                    "mode": "standard",
+                    "total_max_attempts": ASKED_WHO if service == "sts" else ATTEMPTS,
+                },
                 s3={"addressing_style": "path"} if self.endpoint_url else None,
             )
             try:
@@ -167,6 +180,16 @@ class Account:
             raise
 
 
+class _LocalSession:
+    """In the place of a boto3 session: no setting of the user's has a part in it."""
+
+    def __init__(self, aws: LocalAWS):
+        self.region_name, self._aws = aws.region, aws
+
+    def client(self, service: str, **settings: Any) -> Any:
+        return self._aws.client(service)
+
+
 def code_of(error: ClientError) -> str:
     """Return the code of a service's error."""
     return str(error.response.get("Error", {}).get("Code", ""))
@@ -195,10 +218,29 @@ def translated(service: str, operation: str, region: str) -> Iterator[None]:
         raise AccessDeniedError(f"{NO_CREDENTIALS} ({error})") from error
     except (EndpointConnectionError, ConnectTimeoutError) as error:
         raise ConfigurationError(
-            f"{error}: check the network, and that {region!r} is a region of AWS (--region)"
+            f"{error}: check the network, and that {region!r} is a region of AWS{_near(region)} "
+            "(--region)"
         ) from error
     except BotoCoreError as error:
         raise DeploymentError(f"{action} failed: {error}") from error
+
+
+def _near(region: str) -> str:
+    """Suggest regions of AWS for one that is none."""
+    import difflib
+
+    import botocore.session
+
+    session = botocore.session.Session()
+    known = [
+        each
+        for partition in session.get_available_partitions()
+        for each in session.get_available_regions("lambda", partition)
+    ]
+    if region in known:
+        return ""
+    found = difflib.get_close_matches(region, known, 2)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def refusal(error: ClientError, action: str, region: str) -> str | None:
