@@ -242,7 +242,7 @@ class State:
     @property
     def exists(self) -> bool:
         """Whether anything of it is there."""
-        return self.seen.has_any(self.record.name)
+        return _exists(self.record, self.seen)
 
 
 def state_of(account: Account, name: str, bucket: str | None = None) -> State:
@@ -287,8 +287,13 @@ def _function_states(record: Record, seen: Seen) -> Iterator[FunctionState]:
         yield FunctionState(name, state, configuration.get("MemorySize"), differences)
 
 
+def _exists(record: Record, seen: Seen) -> bool:
+    begun = record.own_bucket and seen.bucket is not None and record.path.exists()
+    return begun or seen.has_any(record.name)
+
+
 def _remarks(record: Record, seen: Seen) -> Iterator[str]:
-    if not seen.has_any(record.name):
+    if not _exists(record, seen):
         return
     if record.sizes and not record.complete:
         yield "the last `dask-lambda deploy` did not come to its end: run it again"
