@@ -94,7 +94,7 @@ def invoker(names: Names) -> Document:
         _allow(
             "ReadLogs",
             ("logs:FilterLogEvents",),
-            [f"{names.log_group_arn(group)}:*" for group in names.log_groups],
+            [arn for group in names.log_groups for arn in _both(names.log_group_arn(group))],
         ),
     )
 
@@ -120,6 +120,7 @@ def deployer(names: Names) -> Document:
                 "s3:GetBucketTagging",
                 "s3:PutBucketTagging",
                 "s3:GetBucketVersioning",
+                "s3:PutBucketVersioning",
                 "s3:GetBucketPublicAccessBlock",
                 "s3:PutBucketPublicAccessBlock",
                 "s3:GetEncryptionConfiguration",
@@ -147,6 +148,9 @@ def deployer(names: Names) -> Document:
                 "iam:PutRolePolicy",
                 "iam:GetRolePolicy",
                 "iam:DeleteRolePolicy",
+                "iam:ListRolePolicies",
+                "iam:ListAttachedRolePolicies",
+                "iam:DetachRolePolicy",
             ),
             [role],
         ),
@@ -177,14 +181,18 @@ def deployer(names: Names) -> Document:
                 "lambda:GetLayerVersion",
                 "lambda:DeleteLayerVersion",
             ),
-            [layers, f"{layers}:*"],
+            _both(layers),
         ),
         _allow(
             "Look",
-            ("lambda:ListFunctions", "lambda:ListLayers", "lambda:GetAccountSettings"),
+            (
+                "lambda:ListFunctions",
+                "lambda:ListLayers",
+                "lambda:GetAccountSettings",
+                "logs:DescribeLogGroups",
+            ),
             ["*"],
         ),
-        _allow("LookAtLogs", ("logs:DescribeLogGroups",), [names.log_group_arn("*")]),
         _allow(
             "Logs",
             (
@@ -195,7 +203,7 @@ def deployer(names: Names) -> Document:
                 "logs:DeleteLogGroup",
                 "logs:FilterLogEvents",
             ),
-            [names.any_log_group_arn, f"{names.any_log_group_arn}:*"],
+            _both(names.any_log_group_arn),
         ),
     )
 
@@ -245,6 +253,11 @@ def normal(document: Document) -> Document:
             for statement in statements
         ],
     }
+
+
+def _both(arn: str) -> list[str]:
+    """Return an ARN with and without what may follow it: services differ in which they check."""
+    return [arn, f"{arn}:*"]
 
 
 def _objects(names: Names) -> list[Statement]:
