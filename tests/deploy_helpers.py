@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape
 from botocore.awsrequest import AWSResponse, HeadersDict
 
 from dask_lambda.deploy.aws import Account
+from tests.helpers import eventually
 
 
 def inventory(account: Account) -> dict[str, Any]:
@@ -122,3 +123,14 @@ def denied(action: str, resource: str) -> str:
         f"User: {who} is not authorized to perform: {action} on resource: {resource} because no "
         f"identity-based policy allows the {action} action"
     )
+
+
+def eventually_created(account: Account, stack: str) -> None:
+    """Wait until CloudFormation has created a stack."""
+
+    def status() -> str:
+        (found,) = account.call("cloudformation", "DescribeStacks", StackName=stack)["Stacks"]
+        return str(found["StackStatus"])
+
+    assert eventually(lambda: not status().endswith("IN_PROGRESS"))
+    assert status() == "CREATE_COMPLETE"

@@ -19,7 +19,7 @@ from dask_lambda.deploy.destroy import destroy, prepare_removal
 from dask_lambda.deploy.naming import Names, Where
 from dask_lambda.deploy.record import Record, configuration
 from dask_lambda.deploy.resources import Options
-from dask_lambda.errors import AccessDeniedError, DaskLambdaError, DeploymentError
+from dask_lambda.errors import AccessDeniedError, DaskLambdaError
 from dask_lambda.local import LocalAWS
 
 ROOT = Path(__file__).parents[1]
