@@ -66,6 +66,7 @@ GROUND = [
     *(
         "standalone",
         "handler",
+        "log_lines",
         "lease",
         "limits",
         "uploads",
