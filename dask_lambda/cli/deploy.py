@@ -67,6 +67,7 @@ SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=",
     type=click.Path(exists=True, dir_okay=False),
     help="A file with requirements.",
 )
+@click.option("--everything", is_flag=True, help="All packages that are installed here.")
 @click.option(
     "--worker-only",
     is_flag=True,
@@ -226,9 +227,31 @@ def open_account(region: str | None, endpoint_url: str | None, name: str | None 
 
 
 def _package(given: dict[str, Any]) -> Package:
+    """Build what is deployed, or find it built."""
+    from importlib import import_module
+    from pathlib import Path
+
     from dask_lambda.deploy import artifact
 
-    return artifact.worker_only(given["architecture"])
+    if given["worker_only"]:
+        return artifact.worker_only(given["architecture"])
+    try:
+        packaging = import_module("dask_lambda.deploy.package")
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            "this version of dask_lambda cannot build the worker's packages: --worker-only deploys "
+            "the worker alone"
+        ) from error
+    requirements = given["requirements"]
+    built = packaging.build(
+        given["packages"],
+        requirements=Path(requirements) if requirements else None,
+        everything=given["everything"],
+        architecture=given["architecture"],
+        form="layers",
+    )
+    variables = [("DASK_LAMBDA_PREIMPORT", packaging.PREIMPORT)]
+    return artifact.from_environment(built, packaging.function_code(), variables)
 
 
 def _tags(given: tuple[str, ...]) -> dict[str, str]:

@@ -206,6 +206,7 @@ def translated(service: str, operation: str, region: str) -> Iterator[None]:
         NoCredentialsError,
         PartialCredentialsError,
     )
+    from botocore.parsers import ResponseParserError  # a proxy's page, for example
 
     action = policies.action_of(service, operation)
     try:
@@ -221,7 +222,7 @@ def translated(service: str, operation: str, region: str) -> Iterator[None]:
             f"{error}: check the network, and that {region!r} is a region of AWS{_near(region)} "
             "(--region)"
         ) from error
-    except BotoCoreError as error:
+    except (BotoCoreError, ResponseParserError) as error:
         raise DeploymentError(f"{action} failed: {error}") from error
 
 

@@ -73,7 +73,7 @@ def examine(settings: Settings, region: str | None = None) -> Iterator[Check]:
         return
     try:
         identity = account.identity
-    except DaskLambdaError as error:
+    except Exception as error:  # noqa: BLE001  whatever it is, it is the answer
         yield Check("credentials", "failed", str(error))
         yield Check("everything else", "skipped", "AWS cannot be asked")
         return
