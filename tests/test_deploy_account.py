@@ -517,6 +517,34 @@ def test_large_archives_go_through_the_bucket_and_are_not_left_there(
     assert configuration(account)["CodeSha256"] == base64.b64encode(digest).decode()
 
 
+def test_an_image_takes_the_place_of_layers_and_back(account: Account, package: Package) -> None:
+    repository = f"{account.where.account}.dkr.ecr.us-east-1.amazonaws.com/dask-lambda"
+    one, two = (artifact.from_image(f"{repository}@sha256:{n * 64}") for n in "ab")
+    account.call("ecr", "CreateRepository", repositoryName="dask-lambda")
+    try:
+        deploy(account, one)
+        assert configuration(account)["PackageType"] == "Image"
+        assert verbs(prepare(account, one)) == {"keep"}
+        (step,) = prepare(account, two).changes
+        assert [call.operation for call in step.calls] == [
+            "UpdateFunctionCode",
+            "UpdateFunctionConfiguration",  # the description has the hash
+        ]
+        (step,) = prepare(account, package).changes
+        assert [call.operation for call in step.calls] == ["DeleteFunction", "CreateFunction"]
+        deploy(account, package)
+        assert configuration(account)["PackageType"] == "Zip"
+        assert verbs(prepare(account, package)) == {"keep"}
+    finally:
+        account.call("ecr", "DeleteRepository", repositoryName="dask-lambda")
+
+
+@pytest.mark.parametrize("uri", ["python:3.12", "docker.io/x/y:1", "1.dkr.ecr.x.amazonaws.com/y:1"])
+def test_images_come_from_ecr_only(uri: str) -> None:
+    with pytest.raises(ConfigurationError, match="not the URI of an image in ECR"):
+        artifact.from_image(uri)
+
+
 # -- removal -----------------------------------------------------------------------------------
 
 

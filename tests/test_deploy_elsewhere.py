@@ -30,6 +30,9 @@ from tests.helpers import eventually
 WHERE = Where("123456789012", "eu-west-1")
 ARCHIVE = Archive.of(b"PK")
 PACKAGE = Package(ARCHIVE, (Layer("packages-1", ARCHIVE, "c0ffee"),), "python3.12", "arm64")
+IMAGE = artifact.from_image(
+    f"123456789012.dkr.ecr.eu-west-1.amazonaws.com/dask-lambda@sha256:{'a' * 64}", "arm64"
+)
 EVERYTHING = Options(
     memory=(1769, 10_240),
     boundary="arn:aws:iam::123456789012:policy/boundary",
@@ -53,13 +56,13 @@ def described(options: Options, package: Package = PACKAGE) -> Blueprint:
 # -- every call is one that AWS knows ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("package", "large"), [(PACKAGE, False), (PACKAGE, True), (IMAGE, False)])
 def test_botocore_accepts_the_parameters_of_every_call(
-    monkeypatch: pytest.MonkeyPatch, large: bool
+    monkeypatch: pytest.MonkeyPatch, package: Package, large: bool
 ) -> None:
     if large:
         monkeypatch.setattr(artifact, "MAX_DIRECT_BYTES", 1)
-    steps = plan(described(EVERYTHING), Seen())
+    steps = plan(described(EVERYTHING, package), Seen())
     assert {step.verb for step in steps} <= {"create", "delete"}
     calls = [call for step in steps for call in step.calls]
     assert {c.operation for c in calls} >= {"CreateBucket", "CreateRole", "CreateFunction"}
@@ -107,11 +110,19 @@ def test_the_functions_are_as_the_documents_say() -> None:
 # -- CloudFormation ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [Options(), EVERYTHING, Options(bucket="users-own")])
-def test_cfn_lint_has_nothing_to_say_about_the_template(options: Options, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "package"),
+    [
+        (Options(), PACKAGE),
+        (EVERYTHING, PACKAGE),
+        (Options(bucket="users-own"), PACKAGE),
+        (Options(), IMAGE),
+    ],
+)
+def test_cfn_lint_has_nothing_to_say_about_the_template(options: Options, package: Package) -> None:
     from cfnlint.api import ManualArgs, lint
 
-    text = json.dumps(cloudformation.template(described(options)))
+    text = json.dumps(cloudformation.template(described(options, package)))
     found = lint(text, config=ManualArgs(regions=["us-east-1", "eu-west-1"]))
     assert [str(each) for each in found] == []
 

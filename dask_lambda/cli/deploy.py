@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 NOTHING_DEPLOYED = 3
 DIFFERS = 4
 
+#: What workers import before the first call, for cold starts.
+PREIMPORT = (("DASK_LAMBDA_PREIMPORT", "numpy,dask.array"),)
+
 SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=", "empty": "-"}
 
 
@@ -66,6 +69,11 @@ SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=",
     "requirements",
     type=click.Path(exists=True, dir_okay=False),
     help="A file with requirements.",
+)
+@click.option(
+    "--image",
+    metavar="URI",
+    help="A container image in ECR, in place of layers (`dask-lambda env` builds one).",
 )
 @click.option("--everything", is_flag=True, help="All packages that are installed here.")
 @click.option(
@@ -233,6 +241,8 @@ def _package(given: dict[str, Any]) -> Package:
 
     from dask_lambda.deploy import artifact
 
+    if given["image"]:
+        return artifact.from_image(given["image"], given["architecture"], PREIMPORT)
     if given["worker_only"]:
         return artifact.worker_only(given["architecture"])
     try:
@@ -250,8 +260,7 @@ def _package(given: dict[str, Any]) -> Package:
         architecture=given["architecture"],
         form="layers",
     )
-    variables = [("DASK_LAMBDA_PREIMPORT", packaging.PREIMPORT)]
-    return artifact.from_environment(built, packaging.function_code(), variables)
+    return artifact.from_environment(built, packaging.function_code(), PREIMPORT)
 
 
 def _tags(given: tuple[str, ...]) -> dict[str, str]:
@@ -278,7 +287,7 @@ def _print_dry_run(prepared: Prepared, as_json: bool) -> None:
         "execution role": wanted.role.policy,
         "execution role's trust": wanted.role.trust,
         "whoever computes": policies.invoker(wanted.names),
-        "whoever deploys": policies.deployer(wanted.names),
+        "whoever deploys": policies.deployer(wanted.names, image=bool(wanted.package.image)),
     }
     if as_json:
         print_json(
@@ -381,7 +390,8 @@ def _write_template(wanted: Blueprint, path: str, as_json: bool) -> None:
     directory = target.with_name(f"{target.stem}-files")
     files = cloudformation.files(wanted)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if files:
+            directory.mkdir(parents=True, exist_ok=True)
         for name, archive in files.items():
             (directory / name).write_bytes(archive.read())
         target.write_text(text, "utf-8")
@@ -391,17 +401,19 @@ def _write_template(wanted: Blueprint, path: str, as_json: bool) -> None:
         print_json({"template": str(target), "files": [str(directory / name) for name in files]})
         return
     where = wanted.names.where
-    click.echo(f"wrote {target} and, beside it, {directory}")
+    parameters = ""
+    click.echo(f"wrote {target}" + (f" and, beside it, {directory}" if files else ""))
     click.echo("Whoever may create a stack does:")
-    click.echo(f"  aws s3 cp --recursive {directory} s3://CODE-BUCKET/dask-lambda/")
+    if files:
+        click.echo(f"  aws s3 cp --recursive {directory} s3://CODE-BUCKET/dask-lambda/")
+        parameters = " --parameter-overrides CodeBucket=CODE-BUCKET CodePrefix=dask-lambda/"
     click.echo(
         f"  aws cloudformation deploy --region {where.region} --template-file {target} "
-        f"--stack-name {wanted.options.name} --capabilities CAPABILITY_NAMED_IAM "
-        "--parameter-overrides CodeBucket=CODE-BUCKET CodePrefix=dask-lambda/"
+        f"--stack-name {wanted.options.name} --capabilities CAPABILITY_NAMED_IAM{parameters}"
     )
-    smallest, *larger = wanted.names.sizes
     names = wanted.names
-    click.echo(f"Then, in {'~/.config/dask/dask-lambda.yaml'}:")
+    smallest, *larger = names.sizes
+    click.echo("Then, in ~/.config/dask/dask-lambda.yaml:")
     click.echo("  dask-lambda:")
     click.echo(f"    function: {names.function(smallest)}")
     click.echo(f"    memory: {smallest}")

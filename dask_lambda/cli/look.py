@@ -137,7 +137,7 @@ def _as_text(line: Line) -> str:
     if record is None:
         return f"{when}  {line.text}"
     text = (
-        f"run {str(record['run'])[:8]}  {record.get('milliseconds', 0):8.1f} ms  "
+        f"run {record['run']}  {record.get('milliseconds', 0):8.1f} ms  "
         f"{record.get('groups', 0)} groups"
     )
     if record.get("cold"):

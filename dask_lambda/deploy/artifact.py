@@ -1,12 +1,13 @@
 """What is deployed: the function's code and its layers, as zip files.
 
-May import: local_start (for the installed worker), the standard library.
+May import: local_start (for the installed worker), errors, the standard library.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,15 @@ from pathlib import Path
 from typing import Literal, Protocol, cast
 
 from dask_lambda import local_start
+from dask_lambda.errors import ConfigurationError
 
 Architecture = Literal["x86_64", "arm64"]
 
+#: Of images: ECR is the only registry that Lambda takes them from.
+IMAGE = re.compile(
+    r"\d{12}\.dkr\.ecr\.[a-z0-9-]+\.amazonaws\.com(\.cn)?/[a-z0-9._/-]+"
+    r"(@sha256:[0-9a-f]{64}|:[\w.-]{1,128})"
+)
 #: Lambda takes zip files up to this size in the request itself, larger ones from S3.  The request
 #: holds them in base64, and has room for 70,167,211 bytes (Lambda's API: CreateFunction).
 MAX_DIRECT_BYTES = 50 * 2**20
@@ -87,8 +94,8 @@ class Package:
 
     Attributes
     ----------
-    code : Archive
-        The function's own zip file.
+    code : Archive, optional
+        The function's own zip file; None for an image.
     layers : tuple of Layer
         In the order in which Lambda unpacks them: later ones overwrite.
     runtime : str
@@ -99,15 +106,55 @@ class Package:
         Hash of all packages and their versions, that names this environment.
     variables : tuple of (str, str)
         Environment variables of the function that the package needs.
+    image : str, optional
+        URI of a container image in ECR, which holds all of it: then there are no zip files, and
+        runtime and handler are the image's own.
     """
 
-    code: Archive
+    code: Archive | None
     layers: tuple[Layer, ...] = ()
     runtime: str = f"python{sys.version_info.major}.{sys.version_info.minor}"
     architecture: Architecture = "x86_64"
     handler: str = local_start.HANDLER
     environment: str = ""
     variables: tuple[tuple[str, str], ...] = ()
+    image: str | None = None
+
+
+def from_image(
+    uri: str,
+    architecture: Architecture = "x86_64",
+    variables: Sequence[tuple[str, str]] = (),
+) -> Package:
+    """Return a container image that is in ECR as what is deployed.
+
+    Parameters
+    ----------
+    uri : str
+        ``ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME@sha256:...``, or with a tag: then a newer image
+        under the same tag is not seen.
+    architecture : {"x86_64", "arm64"}
+    variables : sequence of (str, str)
+        Environment variables of the function that it needs.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is not the URI of an image in ECR: Lambda takes no others.
+    """
+    if not IMAGE.fullmatch(uri):
+        raise ConfigurationError(
+            f"{uri!r} is not the URI of an image in ECR, as "
+            "123456789012.dkr.ecr.eu-west-1.amazonaws.com/dask-lambda@sha256:..."
+        )
+    environment = uri.rpartition("@")[2].removeprefix("sha256:")[:16]
+    return Package(
+        None,
+        architecture=architecture,
+        environment=environment,
+        variables=tuple(variables),
+        image=uri,
+    )
 
 
 def worker_only(architecture: Architecture = "x86_64") -> Package:

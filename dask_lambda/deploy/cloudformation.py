@@ -14,12 +14,20 @@ from typing import Any
 
 from dask_lambda.deploy.artifact import Archive
 from dask_lambda.deploy.plan import BLOCK_PUBLIC_ACCESS, ENCRYPTION
-from dask_lambda.deploy.resources import ROLE_POLICY, Blueprint
+from dask_lambda.deploy.resources import ROLE_POLICY, Blueprint, FunctionSpec
 
 Template = dict[str, Any]
 
 CODE_BUCKET = "CodeBucket"
 CODE_PREFIX = "CodePrefix"
+PARAMETERS = {
+    CODE_BUCKET: {"Type": "String", "Description": "A bucket in this region with the zip files"},
+    CODE_PREFIX: {
+        "Type": "String",
+        "Default": "",
+        "Description": "What their names begin with there",
+    },
+}
 
 
 def template(wanted: Blueprint) -> Template:
@@ -75,9 +83,8 @@ def template(wanted: Blueprint) -> Template:
             "DependsOn": [log],
             "Properties": {
                 "FunctionName": function.name,
-                "Code": _code(function.code),
+                **_package(function),
                 "Architectures": [function.architecture],
-                "Layers": [{"Ref": _logical("Layer", each)} for each in function.layers],
                 "Tags": _tags(function.tags),
                 **settings,
             },
@@ -86,17 +93,7 @@ def template(wanted: Blueprint) -> Template:
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": f"dask_lambda: the deployment {wanted.options.name} "
         f"for {wanted.names.where.region}",
-        "Parameters": {
-            CODE_BUCKET: {
-                "Type": "String",
-                "Description": "A bucket in this region with the zip files",
-            },
-            CODE_PREFIX: {
-                "Type": "String",
-                "Default": "",
-                "Description": "What their names begin with there",
-            },
-        },
+        **({} if wanted.package.image else {"Parameters": PARAMETERS}),
         "Resources": resources,
         "Outputs": {
             "Bucket": {
@@ -121,7 +118,7 @@ def template(wanted: Blueprint) -> Template:
 def files(wanted: Blueprint) -> dict[str, Archive]:
     """Return the zip files that the template names, by their names."""
     archives = [wanted.package.code, *(layer.archive for layer in wanted.layers)]
-    return {_file(archive): archive for archive in archives}
+    return {_file(archive): archive for archive in archives if archive is not None}
 
 
 def _bucket(wanted: Blueprint) -> dict[str, Any]:
@@ -163,6 +160,13 @@ def _bucket(wanted: Blueprint) -> dict[str, Any]:
             "Properties": {"Bucket": {"Ref": "Bucket"}, "PolicyDocument": spec.policy},
         }
     return resources
+
+
+def _package(function: FunctionSpec) -> dict[str, Any]:
+    if function.code is None:
+        return {"PackageType": "Image", "Code": {"ImageUri": function.image}}
+    layers = [{"Ref": _logical("Layer", each)} for each in function.layers]
+    return {"Code": _code(function.code), "Layers": layers}
 
 
 def _code(archive: Archive) -> dict[str, Any]:

@@ -120,7 +120,8 @@ def look_at_functions(account: Account, deployment: str) -> dict[str, SeenFuncti
             "lambda", "GetFunction", "ResourceNotFoundException", FunctionName=name
         )
         if answer is not None:
-            found[name] = SeenFunction(name, answer["Configuration"], answer.get("Tags", {}))
+            image = answer.get("Code", {}).get("ImageUri")
+            found[name] = SeenFunction(name, answer["Configuration"], image, answer.get("Tags", {}))
     return found
 
 

@@ -122,6 +122,11 @@ class Names:
         return self._arn("lambda", f"layer:{self.deployment}-*")
 
     @property
+    def any_image_arn(self) -> str:
+        """Pattern of the ARNs of image repositories in this account and region."""
+        return self._arn("ecr", "repository/*")
+
+    @property
     def any_log_group_arn(self) -> str:
         """Pattern of the ARNs of log groups of this deployment."""
         return self.log_group_arn(f"{LOGS}{self.deployment}-*")

@@ -9,7 +9,7 @@ broke off, and a second ``deploy`` has nothing to do.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from dask_lambda import lifecycle
@@ -91,7 +91,7 @@ def plan(wanted: Blueprint, seen: Seen, *, begun: Collection[str] = ()) -> list[
         _function(wanted, each, seen.functions.get(each.name), arns) for each in wanted.functions
     ]
     code = wanted.package.code
-    if code.is_large and any(_needs(step, code) for step in functions):
+    if code is not None and code.is_large and any(_needs(step) for step in functions):
         upload, gone = _through_s3(wanted, code, "function code")
         functions = [upload, *functions, gone]
     return [*steps, *functions, *_surplus(wanted, seen, arns)]
@@ -354,20 +354,8 @@ def _function(
     wanted: Blueprint, spec: FunctionSpec, seen: SeenFunction | None, arns: Mapping[str, str]
 ) -> Step:
     layers = [arns.get(name) or LayerArn(name) for name in spec.layers]
-    code: dict[str, Any] = {"ZipFile": spec.code}
-    if spec.code.is_large:
-        code = _in_s3(wanted, spec.code)
-    name = {"FunctionName": spec.name}
+    create = _create_function(wanted, spec, layers)
     if seen is None:
-        create = {
-            **name,
-            **spec.settings,
-            "Code": code,
-            "PackageType": "Zip",
-            "Architectures": [spec.architecture],
-            "Layers": layers,
-            "Tags": dict(spec.tags),
-        }
         # The smallest one must be there; an account that is new may refuse the large ones.
         spare = spec.memory > SMALL_ACCOUNT and spec.memory > min(wanted.names.sizes)
         return Step(
@@ -375,18 +363,27 @@ def _function(
             "function",
             spec.name,
             (f"{spec.memory:,} MB",),
-            [Call("lambda", "CreateFunction", create, "function")],
+            [create],
             "MemorySize" if spare else "",
         )
     if not is_ours(seen, wanted.options.name):
         raise _taken("function", spec.name)
-    why = []
-    calls = []
+    why: list[str] = []
+    calls: list[Call] = []
+    name = {"FunctionName": spec.name}
     found = seen.configuration
+    if (spec.image is None) != (found.get("PackageType", "Zip") == "Zip"):
+        why.append("zip files and images cannot take each other's place: it is made anew")
+        return Step("change", "function", spec.name, why, [delete_function(spec.name), create])
     architectures = found.get("Architectures") or ["x86_64"]
-    if found.get("CodeSha256") != spec.code.code_sha256 or architectures != [spec.architecture]:
+    same = (
+        seen.image == spec.image
+        if spec.code is None
+        else found.get("CodeSha256") == spec.code.code_sha256
+    )
+    if not same or architectures != [spec.architecture]:
         why.append("its code is another one")
-        update = {**name, **code, "Architectures": [spec.architecture]}
+        update = {**name, **_code(wanted, spec), "Architectures": [spec.architecture]}
         calls.append(Call("lambda", "UpdateFunctionCode", update, "function"))
     differences = list(setting_differences(spec.settings, found))
     has = [each["Arn"] for each in found.get("Layers", [])]
@@ -394,13 +391,37 @@ def _function(
         differences.append(f"Layers: {_plain(has)}, to be {_plain([str(each) for each in layers])}")
     if differences:
         why += differences
-        update = {**name, **spec.settings, "Layers": layers}
+        update = {**name, **spec.settings}
+        if spec.image is None:
+            update["Layers"] = layers
         calls.append(Call("lambda", "UpdateFunctionConfiguration", update, "function"))
     if missing := _missing_tags(spec.tags, seen.tags):
         why.append(_tags_differ(missing))
         arn = wanted.names.function_arn(spec.name)
         calls.append(Call("lambda", "TagResource", {"Resource": arn, "Tags": missing}))
     return _step("function", spec.name, why, calls)
+
+
+def _create_function(
+    wanted: Blueprint, spec: FunctionSpec, layers: Sequence[str | LayerArn]
+) -> Call:
+    parameters: dict[str, Any] = {
+        "FunctionName": spec.name,
+        **spec.settings,
+        "Code": _code(wanted, spec),
+        "PackageType": "Image" if spec.image else "Zip",
+        "Architectures": [spec.architecture],
+        "Tags": dict(spec.tags),
+    }
+    if spec.image is None:
+        parameters["Layers"] = layers
+    return Call("lambda", "CreateFunction", parameters, "function")
+
+
+def _code(wanted: Blueprint, spec: FunctionSpec) -> dict[str, Any]:
+    if spec.code is None:
+        return {"ImageUri": spec.image}
+    return _in_s3(wanted, spec.code) if spec.code.is_large else {"ZipFile": spec.code}
 
 
 def setting_differences(settings: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
@@ -427,7 +448,7 @@ def setting_differences(settings: Mapping[str, Any], found: Mapping[str, Any]) -
             yield f"{name}: {_plain(has)}, to be {_plain(value)}"
 
 
-def _needs(step: Step, code: Archive) -> bool:
+def _needs(step: Step) -> bool:
     return any(c.operation in ("CreateFunction", "UpdateFunctionCode") for c in step.calls)
 
 

@@ -103,12 +103,32 @@ def invoker(names: Names) -> Document:
 NEEDED = ("Invoke", "Objects", "List")
 
 
-def deployer(names: Names) -> Document:
-    """Return what a person needs who deploys, looks after, and removes the deployment."""
+def deployer(names: Names, *, image: bool = False) -> Document:
+    """Return what a person needs who deploys, looks after, and removes the deployment.
+
+    Parameters
+    ----------
+    names : Names
+    image : bool
+        Whether the functions are made of a container image in ECR, which they may fetch.
+    """
     role = names.role_arn
     functions = names.any_function_arn
     layers = names.any_layer_arn
+    images = [
+        _allow(
+            "Image",
+            (
+                "ecr:BatchGetImage",
+                "ecr:GetDownloadUrlForLayer",
+                "ecr:GetRepositoryPolicy",
+                "ecr:SetRepositoryPolicy",
+            ),
+            [names.any_image_arn],
+        )
+    ]
     return _document(
+        *(images if image else []),
         _allow(
             "Bucket",
             (

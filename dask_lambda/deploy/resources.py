@@ -175,7 +175,8 @@ class FunctionSpec:
 
     name: str
     memory: int
-    code: Archive
+    code: Archive | None  #: None for an image
+    image: str | None
     architecture: str
     layers: tuple[str, ...]  #: their names; a version's ARN is known when it has been published
     settings: Mapping[str, Any]
@@ -245,6 +246,7 @@ def blueprint(
             names.function(memory),
             memory,
             package.code,
+            package.image,
             package.architecture,
             tuple(layer.name for layer in layers),
             _settings(options, names, package, memory),
@@ -290,10 +292,10 @@ def _settings(options: Options, names: Names, package: Package, memory: int) -> 
     }
     if options.metrics:
         variables["DASK_LAMBDA_METRICS"] = "1"
+    zipped = {} if package.image else {"Runtime": package.runtime, "Handler": package.handler}
     return {
         "Description": f"dask_lambda worker, environment {package.environment}"[:256],
-        "Runtime": package.runtime,
-        "Handler": package.handler,
+        **zipped,
         "Role": names.role_arn,
         "MemorySize": memory,
         "Timeout": options.timeout,

@@ -65,6 +65,7 @@ class SeenFunction:
 
     name: str
     configuration: Mapping[str, Any]
+    image: str | None = None  #: its URI, if it is one
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
