@@ -82,15 +82,6 @@ def _leaves_nothing(account: Account) -> Iterator[None]:
 
 
 def test_from_an_account_to_a_result_and_back(home: Home) -> None:
-    planned = home.cli("deploy", "--worker-only", *LADDER, "--dry-run")
-    assert "iam CreateRole" in planned
-    assert "Nothing was changed" in planned
-    assert home.cli("status", code=3).startswith("nothing of 'dask-lambda' is deployed")
-
-    refused = home.cli("deploy", "--worker-only", "--json", code=2)
-    assert "--yes" in refused
-    assert not home.files()
-
     deployed = home.cli("deploy", "--worker-only", *LADDER, "--yes")
     assert "+ create function dask-lambda-1769" in deployed
     assert "dask-lambda hello" in deployed
@@ -129,6 +120,5 @@ def test_from_an_account_to_a_result_and_back(home: Home) -> None:
 
     destroyed = home.cli("destroy", "--yes")
     assert "delete bucket" in destroyed
-    assert home.cli("status", code=3)
-    assert "nothing of" in home.cli("destroy", "--yes")
+    assert home.cli("status", code=3).startswith("nothing of 'dask-lambda' is deployed")
     assert not home.files()

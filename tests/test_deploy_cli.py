@@ -82,6 +82,7 @@ def test_whoever_says_no_gets_nothing(cli: Cli, aws: LocalAWS, tmp_path: Path) -
     before = inventory(Account.of_local(aws))
     done = cli("deploy", "--worker-only", code=1, input="n\n")
     assert "+ create role dask-lambda-us-east-1" in done.output
+    assert "--yes" in cli("deploy", "--worker-only", "--json", code=2).output
     assert inventory(Account.of_local(aws)) == before
     assert not list(tmp_path.rglob("*"))
 
@@ -111,6 +112,14 @@ def test_a_template_is_written_with_its_files(cli: Cli, tmp_path: Path) -> None:
 def test_bad_options_are_said(cli: Cli, arguments: tuple[str, ...], code: int, said: str) -> None:
     done = cli("deploy", "--worker-only", "--yes", *arguments, code=code)
     assert said in done.output
+
+
+def test_a_dry_run_can_be_read(cli: Cli) -> None:
+    shown = cli("deploy", "--worker-only", "--dry-run").output
+    assert "iam CreateRole   (needs iam:CreateRole)" in shown
+    assert "s3 PutPublicAccessBlock   (needs s3:PutBucketPublicAccessBlock)" in shown
+    assert "The policy for whoever computes:" in shown
+    assert "Nothing was changed." in shown
 
 
 @pytest.mark.parametrize("command", ["deploy", "status", "destroy"])

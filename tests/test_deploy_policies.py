@@ -16,6 +16,7 @@ import dask_lambda
 from dask_lambda.deploy import artifact, deployment, policies
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.destroy import destroy, prepare_removal
+from dask_lambda.deploy.hello import hello
 from dask_lambda.deploy.naming import Names, Where
 from dask_lambda.deploy.record import Record, configuration
 from dask_lambda.deploy.resources import Options
@@ -258,6 +259,36 @@ def test_the_role_needs_its_statements_too(
             compute(deployed)
     finally:
         account.call("iam", "PutRolePolicy", **role, PolicyDocument=json.dumps(whole))
+
+
+@pytest.mark.local
+def test_hello_waits_for_permissions_that_are_too_new(
+    deployed: Record, account: Account, monkeypatch: pytest.MonkeyPatch, credentials: dict[str, str]
+) -> None:
+    for name, value in credentials.items():
+        monkeypatch.setenv(name, value)
+    role = {"RoleName": deployed.names.role, "PolicyName": "dask-lambda"}
+    whole = policies.execution(deployed.names)
+    slept = []
+
+    def put(document: policies.Document) -> None:
+        account.call("iam", "PutRolePolicy", **role, PolicyDocument=json.dumps(document))
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        put(whole)
+
+    settings = {k.replace("-", "_"): v for k, v in configuration(deployed).items()}
+    put(without(whole, "Objects"))
+    try:
+        with pytest.raises(AccessDeniedError, match="s3:"):
+            hello(sleep=sleep, **settings)
+        assert not slept
+        said = hello(patience=60, sleep=sleep, **settings)
+    finally:
+        put(whole)
+    assert len(slept) == 1
+    assert said.place["function"] == "policies-1769"
 
 
 @pytest.mark.local

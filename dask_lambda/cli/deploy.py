@@ -117,6 +117,8 @@ def deploy(**given: Any) -> None:
     options.check()
     account = open_account(given["region"], given["endpoint_url"])
     account.where  # noqa: B018  asked before a package is built
+    if not given["as_json"]:
+        click.echo("building the workers' packages, unless they are built already ...", err=True)
     package = _package(given)
     version = metadata.version("dask_lambda")
     if given["cloudformation"]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from dask_lambda.deploy.aws import Account
     from dask_lambda.deploy.logs import Line
 
+#: Seconds after a deployment in which permissions may not be known everywhere yet, and for which
+#: they are waited for then.
+JUST_DEPLOYED, PATIENCE = 120.0, 30.0
+
 SIGNS = {"passed": "ok", "warning": "!!", "failed": "FAILED", "skipped": "--"}
 
 
@@ -27,7 +31,7 @@ def hello(as_json: bool) -> None:
 
     from dask_lambda.deploy.hello import hello
 
-    said = hello()
+    said = hello(patience=_patience())
     if as_json:
         print_json(asdict(said))
         return
@@ -97,6 +101,20 @@ def logs(run: str | None, since: str, follow: bool, everything: bool, as_json: b
         for line in read(account, functions, begin, run=run):
             if everything or not line.is_platform:
                 click.echo(_as_json(line) if as_json else _as_text(line))
+
+
+def _patience() -> float:
+    """Return for how long a missing permission may be one that is only too new."""
+    import time
+    from contextlib import suppress
+
+    from dask_lambda.deploy import record
+
+    for each in record.find(None):
+        with suppress(OSError):
+            if time.time() - each.path.stat().st_mtime < JUST_DEPLOYED:
+                return PATIENCE
+    return 0.0
 
 
 def _configured() -> tuple[Account, list[str]]:

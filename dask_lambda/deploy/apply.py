@@ -29,6 +29,8 @@ PASSING = (
     ("InvalidParameterValueException", "cannot be assumed by Lambda"),  # the role is too new
     ("ResourceConflictException", "update is in progress"),
     ("ResourceConflictException", "is currently in the following state: Pending"),
+    ("NoSuchEntity", ""),  # made just now, and not known everywhere yet
+    ("NoSuchBucket", ""),
     ("OperationAborted", ""),  # a bucket of this name is just being deleted
     ("ConcurrentModification", ""),
     ("ConcurrentModificationException", ""),

@@ -1,23 +1,27 @@
 """A function in Lambda says hello: that it runs, where, and how long it takes.
 
-May import: config, scheduler, report, the standard library.
+May import: config, scheduler, report, errors, the standard library.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from dask.delayed import delayed
 
 from dask_lambda.config import Settings
+from dask_lambda.errors import AccessDeniedError
 from dask_lambda.report import RunReport
 from dask_lambda.scheduler import LambdaScheduler, last_report
 
 #: Calls after the first one.
 WARM_CALLS = 5
+#: Seconds until permissions are looked at once more.
+RETRY_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +55,18 @@ class Hello:
     local: bool
 
 
-def hello(**settings: Any) -> Hello:
+def hello(
+    *, patience: float = 0.0, sleep: Callable[[float], None] = time.sleep, **settings: Any
+) -> Hello:
     """Call the function that is configured, several times.
 
     Parameters
     ----------
+    patience : float
+        Seconds for which a missing permission is waited for: those of a new role take some time
+        until they are known everywhere.
+    sleep : callable
+        As in :mod:`time`.
     **settings
         As of :class:`LambdaScheduler`.
 
@@ -64,6 +75,18 @@ def hello(**settings: Any) -> Hello:
     DaskLambdaError
         What is in the way.
     """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return _hello(settings)
+        except AccessDeniedError:
+            if time.monotonic() >= deadline:
+                raise
+            sleep(RETRY_SECONDS)
+
+
+def _hello(settings: dict[str, Any]) -> Hello:
+    local = Settings.resolve(**settings).is_local
 
     def where() -> dict[str, Any]:  # not by name: the worker has none of this package
         import os
@@ -79,7 +102,6 @@ def hello(**settings: Any) -> Hello:
             "system": platform.platform(terse=True),
         }
 
-    local = Settings.resolve(**settings).is_local
     cost = 0.0
     with LambdaScheduler(**settings) as scheduler:
         place, first, report = _timed(scheduler, where)
