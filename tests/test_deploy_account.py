@@ -249,6 +249,8 @@ def test_a_bucket_name_that_is_taken_meanwhile(account: Account, package: Packag
     answer_with(account, "s3", "CreateBucket", "BucketAlreadyExists", "taken", status=409)
     with pytest.raises(DeploymentError, match=r"choose another name .*--name or --bucket"):
         deploy(account, package)
+    answer_with(account, "s3", "HeadBucket", "403", "Forbidden", status=403)
+    assert remove(account) == []
 
 
 @pytest.mark.parametrize("kind", ["function", "role", "log group", "bucket"])
@@ -436,6 +438,11 @@ def test_a_role_and_a_bucket_that_were_changed_are_mended(
         "s3", "PutBucketVersioning", Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
     )
     account.call("s3", "DeletePublicAccessBlock", Bucket=bucket)
+    principal = {"AWS": f"arn:aws:iam::{account.where.account}:root"}
+    theirs = {**statement, "Sid": "Theirs", "Principal": principal}
+    theirs["Resource"] = f"arn:aws:s3:::{bucket}"
+    theirs_only = json.dumps({"Version": "2012-10-17", "Statement": [theirs]})
+    account.call("s3", "PutBucketPolicy", Bucket=bucket, Policy=theirs_only)
     prepared = prepare(account, package)
     said = {step.kind: "; ".join(step.why) for step in prepared.steps}
     assert "versioning is on" in said["bucket"]

@@ -107,6 +107,18 @@ def test_documents_are_equal_whatever_the_order_of_their_lists() -> None:
     assert policies.normal(one) != policies.normal(other)
 
 
+def test_a_policy_of_the_bucket_is_added_to_and_not_replaced() -> None:
+    ours = policies.tls_only(NAMES)
+    theirs = {"Version": "2012-10-17", "Statement": {"Sid": "Theirs", "Effect": "Deny"}}
+    assert policies.joined(None, ours) == ours
+    assert not policies.contains(None, ours)
+    assert not policies.contains(theirs, ours)
+    both = policies.joined(theirs, ours)
+    assert [each["Sid"] for each in both["Statement"]] == ["Theirs", "EncryptedInTransit"]
+    assert policies.contains(both, ours)
+    assert policies.joined(both, ours) == both
+
+
 def test_the_permission_and_resource_are_read_out_of_awss_message() -> None:
     message = (
         "User: arn:aws:iam::1:user/a is not authorized to perform: iam:PassRole on resource: "

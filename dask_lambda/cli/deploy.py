@@ -95,8 +95,7 @@ def deploy(**given: Any) -> None:
 
     What will be done is shown first.  It can be done at any time: what is there already stays.
     """
-    from importlib import metadata
-
+    from dask_lambda import __version__ as version
     from dask_lambda.deploy import deployment
     from dask_lambda.deploy.resources import LADDER, Options
 
@@ -120,7 +119,6 @@ def deploy(**given: Any) -> None:
     if not given["as_json"]:
         click.echo("building the workers' packages, unless they are built already ...", err=True)
     package = _package(given)
-    version = metadata.version("dask_lambda")
     if given["cloudformation"]:
         from dask_lambda.deploy.resources import blueprint
 

@@ -29,6 +29,7 @@ PASSING = (
     ("InvalidParameterValueException", "cannot be assumed by Lambda"),  # the role is too new
     ("ResourceConflictException", "update is in progress"),
     ("ResourceConflictException", "is currently in the following state: Pending"),
+    ("InvalidParameterValueException", "execution role does not have permissions"),  # the same
     ("NoSuchEntity", ""),  # made just now, and not known everywhere yet
     ("NoSuchBucket", ""),
     ("OperationAborted", ""),  # a bucket of this name is just being deleted

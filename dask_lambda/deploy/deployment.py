@@ -253,7 +253,7 @@ def state_of(account: Account, name: str, bucket: str | None = None) -> State:
     AccessDeniedError, ConfigurationError, DeploymentError
     """
     record = known(account, name, bucket)
-    seen = look(account, name, record.bucket)
+    seen = look(account, name, record.bucket, foreign=True)
     functions = list(_function_states(record, seen))
     remarks = [f"{f.name}: {each}" for f in functions for each in f.differences]
     remarks += _remarks(record, seen)
@@ -298,7 +298,7 @@ def _remarks(record: Record, seen: Seen) -> Iterator[str]:
     if record.sizes and not record.complete:
         yield "the last `dask-lambda deploy` did not come to its end: run it again"
     if seen.bucket is None:
-        yield f"the bucket {record.bucket} is missing"
+        yield f"the bucket {record.bucket} is missing, or somebody else's"
     elif seen.bucket.region != record.region:
         yield f"the bucket {record.bucket} is in another region, {seen.bucket.region}"
     elif not seen.bucket.lifecycle.get("Rules"):

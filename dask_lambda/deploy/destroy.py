@@ -99,7 +99,7 @@ def prepare_removal(account: Account, record: Record, *, kept: bool) -> Removal:
     DeploymentError
         Kept runs are in a bucket that goes, and ``kept`` is false.
     """
-    seen = look(account, record.name, record.bucket)
+    seen = look(account, record.name, record.bucket, foreign=True)
     here = seen.bucket is not None and seen.bucket.region == account.region
     recorded = record.path.exists()
     own = here and (is_ours(seen.bucket, record.name) or (record.own_bucket and recorded))

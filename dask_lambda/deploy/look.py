@@ -25,7 +25,11 @@ from dask_lambda.errors import AccessDeniedError, DeploymentError
 LAYER_MARK = "dask_lambda "
 
 
-def look(account: Account, deployment: str, bucket: str) -> Seen:
+class ForeignBucketError(DeploymentError):
+    """The bucket is somebody else's."""
+
+
+def look(account: Account, deployment: str, bucket: str, *, foreign: bool = False) -> Seen:
     """Return everything that has names like a deployment's.
 
     Parameters
@@ -33,16 +37,24 @@ def look(account: Account, deployment: str, bucket: str) -> Seen:
     account : Account
     deployment, bucket : str
         Their names.
+    foreign : bool
+        A bucket of somebody else's is no error; there is none then.
 
     Raises
     ------
     AccessDeniedError
         A permission to look is missing.
-    DeploymentError
+    ForeignBucketError
         The bucket is somebody else's.
     """
+    try:
+        seen_bucket = look_at_bucket(account, bucket)
+    except ForeignBucketError:
+        if not foreign:
+            raise
+        seen_bucket = None
     return Seen(
-        look_at_bucket(account, bucket),
+        seen_bucket,
         _role(account, role_name(deployment, account.region)),
         _log_groups(account, deployment),
         _layers(account, deployment),
@@ -55,7 +67,7 @@ def look_at_bucket(account: Account, name: str) -> SeenBucket | None:
 
     Raises
     ------
-    DeploymentError
+    ForeignBucketError
         It is somebody else's.
     """
     from botocore.exceptions import ClientError
@@ -63,7 +75,7 @@ def look_at_bucket(account: Account, name: str) -> SeenBucket | None:
     try:
         head = account.found("s3", "HeadBucket", "404", "NoSuchBucket", Bucket=name)
     except AccessDeniedError as error:
-        raise DeploymentError(
+        raise ForeignBucketError(
             f"the bucket {name!r} is somebody else's, or you may not list it (s3:ListBucket): "
             "names of buckets are unique in the world; choose another name (--name or --bucket)"
         ) from error

@@ -159,11 +159,9 @@ def _bucket_differences(spec: BucketSpec, seen: SeenBucket) -> Iterator[tuple[st
     if seen.versioning == "Enabled":
         off = {"VersioningConfiguration": {"Status": "Suspended"}}
         yield "versioning is on", Call("s3", "PutBucketVersioning", {**where, **off})
-    if spec.policy is not None and not _equal(seen.policy, spec.policy):
-        why = "unencrypted requests are not refused"
-        if seen.policy is not None:
-            why = "its policy is not the one that refuses unencrypted requests"
-        policy = {"Policy": json.dumps(spec.policy)}
+    if spec.policy is not None and not policies.contains(seen.policy, spec.policy):
+        policy = {"Policy": json.dumps(policies.joined(seen.policy, spec.policy))}
+        why = "requests without TLS are not refused"
         yield why, Call("s3", "PutBucketPolicy", {**where, **policy})
     yield from _lifecycle_differences(spec, seen)
 

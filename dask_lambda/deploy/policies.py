@@ -136,7 +136,6 @@ def deployer(names: Names, *, image: bool = False) -> Document:
                 "s3:DeleteBucket",
                 "s3:ListBucket",
                 "s3:ListBucketVersions",
-                "s3:GetBucketLocation",
                 "s3:GetBucketTagging",
                 "s3:PutBucketTagging",
                 "s3:GetBucketVersioning",
@@ -147,7 +146,6 @@ def deployer(names: Names, *, image: bool = False) -> Document:
                 "s3:PutEncryptionConfiguration",
                 "s3:GetBucketPolicy",
                 "s3:PutBucketPolicy",
-                "s3:DeleteBucketPolicy",
                 "s3:GetLifecycleConfiguration",
                 "s3:PutLifecycleConfiguration",
                 "s3:ListBucketMultipartUploads",
@@ -188,7 +186,6 @@ def deployer(names: Names, *, image: bool = False) -> Document:
                 "lambda:UpdateFunctionConfiguration",
                 "lambda:DeleteFunction",
                 "lambda:TagResource",
-                "lambda:UntagResource",
                 "lambda:InvokeFunction",
             ),
             [functions],
@@ -198,7 +195,7 @@ def deployer(names: Names, *, image: bool = False) -> Document:
             (
                 "lambda:PublishLayerVersion",
                 "lambda:ListLayerVersions",
-                "lambda:GetLayerVersion",
+                "lambda:GetLayerVersion",  # Lambda asks for it when a function gets a layer
                 "lambda:DeleteLayerVersion",
             ),
             _both(layers),
@@ -273,6 +270,25 @@ def normal(document: Document) -> Document:
             for statement in statements
         ],
     }
+
+
+def contains(document: Document | None, other: Document) -> bool:
+    """Whether a document has all statements of another one."""
+    if document is None:
+        return False
+    has = normal(document)["Statement"]
+    return all(each in has for each in normal(other)["Statement"])
+
+
+def joined(document: Document | None, other: Document) -> Document:
+    """Return a document with the statements of another one in place of those of the same name."""
+    if document is None:
+        return other
+    names = {each.get("Sid") for each in other["Statement"]}
+    statements = document.get("Statement", [])
+    statements = [statements] if isinstance(statements, dict) else statements
+    kept = [each for each in statements if each.get("Sid") not in names]
+    return {**document, "Statement": [*kept, *other["Statement"]]}
 
 
 def _both(arn: str) -> list[str]:
