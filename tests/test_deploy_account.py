@@ -19,6 +19,7 @@ from dask_lambda import kept_runs, lifecycle
 from dask_lambda.deploy import artifact, deployment, record
 from dask_lambda.deploy.artifact import Archive, Layer, Package
 from dask_lambda.deploy.aws import Account
+from dask_lambda.deploy.calls import Step
 from dask_lambda.deploy.deployment import Deployed, Prepared
 from dask_lambda.deploy.destroy import destroy, prepare_removal
 from dask_lambda.deploy.naming import TAG
@@ -199,6 +200,31 @@ def test_what_broke_off_is_removed_by_destroy(account: Account, package: Package
     remove(account)
     gone = set(before["buckets"]) - set(inventory(account)["buckets"])
     assert len(gone) == 1
+
+
+def test_what_was_interrupted_goes_on(account: Account, package: Package) -> None:
+    def interrupt(step: Step) -> None:
+        if step.kind == "function":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        deployment.deploy(prepare(account, package), interrupt, sleep=briefly)
+    assert {step.kind for step in prepare(account, package).changes} == {"function"}
+    assert deployment.state_of(account, "dask-lambda").remarks
+    deploy(account, package)
+    assert not deployment.state_of(account, "dask-lambda").remarks
+
+
+def test_a_removal_that_broke_off_goes_on(account: Account, package: Package) -> None:
+    deploy(account, package)
+    message = denied("iam:DeleteRole", "arn:aws:iam::1:role/dask-lambda-us-east-1")
+    answer_with(account, "iam", "DeleteRole", "AccessDenied", message, status=403)
+    with pytest.raises(DeploymentError, match=r"could not delete role .*iam:DeleteRole on arn"):
+        remove(account)
+    state = deployment.state_of(account, "dask-lambda")
+    assert state.exists
+    assert {each.state for each in state.functions} == {"missing"}
+    assert remove(account) == []
 
 
 def test_a_new_account_gets_the_functions_that_it_may_have(
@@ -644,6 +670,24 @@ def test_without_the_record_it_is_found_by_its_tags(
     assert verbs(prepare(account, package, TWO)) == {"keep"}
     assert remove(account) == []
     assert done.record.bucket not in inventory(account)["buckets"]
+
+
+def test_without_the_record_a_bucket_of_the_users_own_can_be_named(
+    account: Account, package: Package, tmp_path: Path
+) -> None:
+    bucket = {"Bucket": "users-own"}
+    account.call("s3", "CreateBucket", **bucket)
+    try:
+        deploy(account, package, Options(bucket="users-own", memory=(1769,)))
+        account.call("s3", "PutObject", **bucket, Key="3/dask-lambda/run/a", Body=b"x")
+        shutil.rmtree(tmp_path / "state" / "deployments")
+        known = deployment.known(account, "dask-lambda", "users-own")
+        assert destroy(prepare_removal(account, known, kept=False)) == [
+            "bucket users-own: it is your own"
+        ]
+        assert account.call("s3", "ListObjectsV2", **bucket)["KeyCount"] == 0
+    finally:
+        account.call("s3", "DeleteBucket", **bucket)
 
 
 def test_two_deployments_do_not_see_each_other(account: Account, package: Package) -> None:

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.array as da
 import pytest
 
 import dask_lambda
+from dask_lambda.config import Settings
 from dask_lambda.deploy import artifact, deployment, policies
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.destroy import destroy, prepare_removal
+from dask_lambda.deploy.doctor import examine
 from dask_lambda.deploy.hello import hello
 from dask_lambda.deploy.naming import Names, Where
 from dask_lambda.deploy.record import Record, configuration
@@ -228,6 +231,9 @@ def test_whoever_has_the_printed_policy_can_compute_and_look(
             "logs", "FilterLogEvents", "events", logGroupName=deployed.names.log_groups[0]
         )
     )
+    with dask.config.set({f"dask-lambda.{k}": v for k, v in configuration(deployed).items()}):
+        found = {each.name: each.result for each in examine(Settings.resolve())}
+    assert set(found.values()) == {"passed"}, found
     for service, operation, parameters in (
         ("lambda", "DeleteFunction", {"FunctionName": function}),
         ("s3", "DeleteBucket", {"Bucket": deployed.bucket}),
