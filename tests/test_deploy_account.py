@@ -539,7 +539,7 @@ def configuration(account: Account) -> dict[str, Any]:
 def test_large_archives_go_through_the_bucket_and_are_not_left_there(
     account: Account, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact, "MAX_DIRECT_BYTES", 100)
+    monkeypatch.setattr("dask_lambda.deploy.layers.MAX_DIRECT", 100)
     large = Package(package.code, (layer("big", "x = 1" * 100),), environment="e")
     done = deploy(account, large)
     kinds = [step.kind for step in done.applied.done]

@@ -12,7 +12,8 @@ import pytest
 from botocore.validate import ParamValidator
 from moto.server import ThreadedMotoServer
 
-from dask_lambda.deploy import artifact, cloudformation, deployment
+from dask_lambda.deploy import artifact, cloudformation, deployment, layers
+from dask_lambda.deploy import package as packaging
 from dask_lambda.deploy.apply import Applier
 from dask_lambda.deploy.artifact import Archive, Layer, Package
 from dask_lambda.deploy.aws import Account
@@ -21,6 +22,7 @@ from dask_lambda.deploy.destroy import destroy, prepare_removal
 from dask_lambda.deploy.look import look
 from dask_lambda.deploy.naming import Where
 from dask_lambda.deploy.plan import changes, plan
+from dask_lambda.deploy.platforms import Platform
 from dask_lambda.deploy.resources import Blueprint, Options, blueprint
 from dask_lambda.deploy.seen import Seen
 from dask_lambda.local import LocalAWS
@@ -61,7 +63,7 @@ def test_botocore_accepts_the_parameters_of_every_call(
     monkeypatch: pytest.MonkeyPatch, package: Package, large: bool
 ) -> None:
     if large:
-        monkeypatch.setattr(artifact, "MAX_DIRECT_BYTES", 1)
+        monkeypatch.setattr("dask_lambda.deploy.layers.MAX_DIRECT", 1)
     steps = plan(described(EVERYTHING, package), Seen())
     assert {step.verb for step in steps} <= {"create", "delete"}
     calls = [call for step in steps for call in step.calls]
@@ -105,6 +107,36 @@ def test_the_functions_are_as_the_documents_say() -> None:
     assert settings["EphemeralStorage"] == {"Size": 1024}
     assert settings["TracingConfig"] == {"Mode": "Active"}
     assert functions[1769].settings["Environment"]["Variables"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_an_environment_that_was_built_is_deployed_as_its_layers(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK-a")
+    (tmp_path / "b.zip").write_bytes(b"PK-b")
+    digests = [Archive.of(tmp_path / name).sha256 for name in ("a.zip", "b.zip")]
+    built = packaging.Package(
+        digest="c0ffee",
+        form="layers",
+        platform=Platform.of_lambda("3.12", "arm64"),
+        packages={"numpy": "2.4.0"},
+        listed=("numpy",),
+        layers=(
+            layers.Layer("a.zip", digests[0], 4, 9, ("numpy",)),
+            layers.Layer("b.zip", digests[1], 4, 9, ("scipy",)),
+        ),
+        sizes=(),
+        cuts={},
+        directory=tmp_path,
+    )
+    package = artifact.from_environment(built, b"PK", [("DASK_LAMBDA_PREIMPORT", "numpy")])
+    wanted = described(Options(memory=(1769,)), package)
+    (function,) = wanted.functions
+    assert [each.archive.read() for each in wanted.layers] == [b"PK-a", b"PK-b"]
+    assert [each.content for each in wanted.layers] == digests
+    assert function.layers == ("dask-lambda-packages-1", "dask-lambda-packages-2")
+    assert function.architecture == "arm64"
+    assert function.settings["Runtime"] == "python3.12"
+    assert function.settings["Environment"]["Variables"]["DASK_LAMBDA_PREIMPORT"] == "numpy"
+    assert "c0ffee" in function.settings["Description"]
 
 
 # -- CloudFormation ------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import click
 from dask_lambda.cli.common import as_json, confirm, endpoint_url, name, print_json, region, yes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dask_lambda.deploy.artifact import Package
     from dask_lambda.deploy.aws import Account
     from dask_lambda.deploy.calls import Step
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
 #: Exit codes of ``status``.
 NOTHING_DEPLOYED = 3
 DIFFERS = 4
-
-#: What workers import before the first call, for cold starts.
-PREIMPORT = (("DASK_LAMBDA_PREIMPORT", "numpy,dask.array"),)
 
 SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=", "empty": "-"}
 
@@ -73,9 +72,10 @@ SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=",
 @click.option(
     "--image",
     metavar="URI",
-    help="A container image in ECR, in place of layers (`dask-lambda env` builds one).",
+    help="A container image in ECR, in place of layers.",
 )
 @click.option("--everything", is_flag=True, help="All packages that are installed here.")
+@click.option("--without", multiple=True, help="A package that no task needs.")
 @click.option(
     "--worker-only",
     is_flag=True,
@@ -116,8 +116,6 @@ def deploy(**given: Any) -> None:
     options.check()
     account = open_account(given["region"], given["endpoint_url"])
     account.where  # noqa: B018  asked before a package is built
-    if not given["as_json"]:
-        click.echo("building the workers' packages, unless they are built already ...", err=True)
     package = _package(given)
     if given["cloudformation"]:
         from dask_lambda.deploy.resources import blueprint
@@ -236,31 +234,53 @@ def open_account(region: str | None, endpoint_url: str | None, name: str | None 
 
 def _package(given: dict[str, Any]) -> Package:
     """Build what is deployed, or find it built."""
-    from importlib import import_module
     from pathlib import Path
 
     from dask_lambda.deploy import artifact
+    from dask_lambda.deploy import package as packaging
+    from lambda_worker.environment import PREIMPORT
 
+    early = [(PREIMPORT, packaging.PREIMPORT)]
     if given["image"]:
-        return artifact.from_image(given["image"], given["architecture"], PREIMPORT)
+        return artifact.from_image(given["image"], given["architecture"], early)
     if given["worker_only"]:
         return artifact.worker_only(given["architecture"])
-    try:
-        packaging = import_module("dask_lambda.deploy.package")
-    except ModuleNotFoundError as error:
-        raise click.ClickException(
-            "this version of dask_lambda cannot build the worker's packages: --worker-only deploys "
-            "the worker alone"
-        ) from error
+    click.echo("building the workers' packages, unless they are built already ...", err=True)
     requirements = given["requirements"]
     built = packaging.build(
         given["packages"],
         requirements=Path(requirements) if requirements else None,
         everything=given["everything"],
+        without=given["without"],
         architecture=given["architecture"],
-        form="layers",
     )
-    return artifact.from_environment(built, packaging.function_code(), PREIMPORT)
+    largest = ", ".join(f"{each.name} {each.nbytes / 1e6:.0f}" for each in built.sizes[:4])
+    click.echo(
+        f"{len(built.packages)} packages, {built.unzipped / 1e6:.0f} MB unzipped ({largest}, ...), "
+        f"environment {built.digest}",
+        err=True,
+    )
+    if built.form == "image":
+        raise click.ClickException(_how_to_push(packaging.image_context(built), given))
+    return artifact.from_environment(built, packaging.function_code(), early)
+
+
+def _how_to_push(context: Path, given: dict[str, Any]) -> str:
+    from dask_lambda.deploy.image import DOCKER_PLATFORMS
+
+    repository = "ACCOUNT.dkr.ecr.REGION.amazonaws.com/dask-lambda"
+    platform = DOCKER_PLATFORMS[given["architecture"]]
+    return (
+        "these packages need a container image: they are too large for layers, or one of them has "
+        f"no wheel for Lambda's own runtime. Its recipe is in {context}. Where docker is:\n"
+        "  aws ecr create-repository --repository-name dask-lambda\n"
+        "  aws ecr get-login-password | docker login --username AWS --password-stdin "
+        f"{repository.partition('/')[0]}\n"
+        f"  docker build --platform {platform} --provenance=false -t {repository}:1 {context}\n"
+        f"  docker push {repository}:1\n"
+        f"  dask-lambda deploy --image {repository}:1 --architecture {given['architecture']}\n"
+        "Or leave packages out (--without), or use Python 3.12 or newer, which has more wheels"
+    )
 
 
 def _tags(given: tuple[str, ...]) -> dict[str, str]:

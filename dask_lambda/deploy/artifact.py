@@ -1,6 +1,6 @@
 """What is deployed: the function's code and its layers, as zip files.
 
-May import: local_start (for the installed worker), errors, the standard library.
+May import: layers (for a limit), local_start (for the installed worker), errors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol, cast
 
 from dask_lambda import local_start
+from dask_lambda.deploy import layers
 from dask_lambda.errors import ConfigurationError
 
 Architecture = Literal["x86_64", "arm64"]
@@ -24,9 +25,6 @@ IMAGE = re.compile(
     r"\d{12}\.dkr\.ecr\.[a-z0-9-]+\.amazonaws\.com(\.cn)?/[a-z0-9._/-]+"
     r"(@sha256:[0-9a-f]{64}|:[\w.-]{1,128})"
 )
-#: Lambda takes zip files up to this size in the request itself, larger ones from S3.  The request
-#: holds them in base64, and has room for 70,167,211 bytes (Lambda's API: CreateFunction).
-MAX_DIRECT_BYTES = 50 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class Archive:
     @property
     def is_large(self) -> bool:
         """Whether Lambda takes it from S3 only."""
-        return self.size > MAX_DIRECT_BYTES
+        return self.size > layers.MAX_DIRECT
 
     def read(self) -> bytes:
         """Return its bytes."""
@@ -206,13 +204,13 @@ def from_environment(
     variables : sequence of (str, str)
         Environment variables of the function that it needs.
     """
-    layers = tuple(
+    archives = tuple(
         Layer(f"packages-{number}", Archive.of(built.directory / layer.file), layer.sha256)
         for number, layer in enumerate(built.layers, 1)
     )
     return Package(
         Archive.of(code),
-        layers,
+        archives,
         f"python{built.platform.python}",
         cast(Architecture, built.platform.architecture),
         environment=built.digest,

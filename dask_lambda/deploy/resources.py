@@ -13,6 +13,7 @@ from dask_lambda import lifecycle
 from dask_lambda.config import MAX_MEMORY, MAX_TIMEOUT, MIN_MEMORY
 from dask_lambda.deploy import policies
 from dask_lambda.deploy.artifact import Archive, Package
+from dask_lambda.deploy.layers import MAX_LAYERS
 from dask_lambda.deploy.naming import DEFAULT, TAG, Names, Where, bucket_name, check_name
 from dask_lambda.errors import ConfigurationError
 
@@ -27,8 +28,6 @@ RETENTIONS = (
     *(1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922),
     *(3288, 3653),
 )
-#: Sum over layers and code, unpacked, is checked where the package is built; their number is here.
-MAX_LAYERS = 5
 #: The name of the role's policy in the role.
 ROLE_POLICY = "dask-lambda"
 #: Of str.__hash__ in all workers, so that tasks which partition strings agree (as distributed has).
