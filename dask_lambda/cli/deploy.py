@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dask_lambda.deploy.aws import Account
     from dask_lambda.deploy.calls import Step
     from dask_lambda.deploy.deployment import Prepared, State
+    from dask_lambda.deploy.naming import Where
     from dask_lambda.deploy.resources import Blueprint
 
 #: Exit codes of ``status``.
@@ -115,8 +116,7 @@ def deploy(**given: Any) -> None:
     )
     options.check()
     account = open_account(given["region"], given["endpoint_url"])
-    account.where  # noqa: B018  asked before a package is built
-    package = _package(given)
+    package = _package(given, account.where)
     if given["cloudformation"]:
         from dask_lambda.deploy.resources import blueprint
 
@@ -232,7 +232,7 @@ def open_account(region: str | None, endpoint_url: str | None, name: str | None 
     return Account.open(region or settings.region, endpoint_url or settings.endpoint_url)
 
 
-def _package(given: dict[str, Any]) -> Package:
+def _package(given: dict[str, Any], where: Where) -> Package:
     """Build what is deployed, or find it built."""
     from pathlib import Path
 
@@ -261,24 +261,28 @@ def _package(given: dict[str, Any]) -> Package:
         err=True,
     )
     if built.form == "image":
-        raise click.ClickException(_how_to_push(packaging.image_context(built), given))
+        raise click.ClickException(
+            _how_to_push(packaging.image_context(built), given["architecture"], where)
+        )
     return artifact.from_environment(built, packaging.function_code(), early)
 
 
-def _how_to_push(context: Path, given: dict[str, Any]) -> str:
+def _how_to_push(context: Path, architecture: str, where: Where) -> str:
     from dask_lambda.deploy.image import DOCKER_PLATFORMS
 
-    repository = "ACCOUNT.dkr.ecr.REGION.amazonaws.com/dask-lambda"
-    platform = DOCKER_PLATFORMS[given["architecture"]]
+    domain = "amazonaws.com.cn" if where.partition == "aws-cn" else "amazonaws.com"
+    registry = f"{where.account}.dkr.ecr.{where.region}.{domain}"
+    repository = f"{registry}/dask-lambda"
+    platform = DOCKER_PLATFORMS[architecture]
     return (
         "these packages need a container image: they are too large for layers, or one of them has "
         f"no wheel for Lambda's own runtime. Its recipe is in {context}. Where docker is:\n"
-        "  aws ecr create-repository --repository-name dask-lambda\n"
-        "  aws ecr get-login-password | docker login --username AWS --password-stdin "
-        f"{repository.partition('/')[0]}\n"
+        f"  aws ecr create-repository --region {where.region} --repository-name dask-lambda\n"
+        f"  aws ecr get-login-password --region {where.region} | docker login --username AWS "
+        f"--password-stdin {registry}\n"
         f"  docker build --platform {platform} --provenance=false -t {repository}:1 {context}\n"
         f"  docker push {repository}:1\n"
-        f"  dask-lambda deploy --image {repository}:1 --architecture {given['architecture']}\n"
+        f"  dask-lambda deploy --image {repository}:1 --architecture {architecture}\n"
         "Or leave packages out (--without), or use Python 3.12 or newer, which has more wheels"
     )
 
