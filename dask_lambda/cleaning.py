@@ -303,16 +303,12 @@ class Bucket:
 
     def _put(self, rules: list[lifecycle.Rule], before: dict[str, Any]) -> None:
         """Replace all rules of the bucket; S3 knows no other way."""
+        from botocore import xform_name
+
         bucket = self.place.bucket
+        operation, parameters = lifecycle.replacement(bucket, rules, before)
         with _translated("s3:PutLifecycleConfiguration", bucket):
-            if not rules:
-                self._s3.delete_bucket_lifecycle(Bucket=bucket)
-                return
-            name = "TransitionDefaultMinimumObjectSize"  # of the bucket; else S3 resets it
-            more = {name: before[name]} if name in before else {}
-            self._s3.put_bucket_lifecycle_configuration(
-                Bucket=bucket, LifecycleConfiguration={"Rules": rules}, **more
-            )
+            getattr(self._s3, xform_name(operation))(**parameters)
 
 
 def delete_run(record: KeptRun) -> FoundRun | None:

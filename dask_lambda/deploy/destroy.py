@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dask_lambda import kept_runs, lifecycle
+from dask_lambda.cleaning import BATCH
 from dask_lambda.deploy import record as records
 from dask_lambda.deploy.apply import Applier
 from dask_lambda.deploy.aws import Account
@@ -31,9 +32,6 @@ from dask_lambda.deploy.seen import Seen, SeenRole, is_ours
 from dask_lambda.errors import ConfigurationError, DeploymentError
 from dask_lambda.kept_folder import kept_prefix
 from lambda_worker import protocol
-
-#: Objects that one request deletes at most.
-BATCH = 1000
 
 
 @dataclass(slots=True)

@@ -180,16 +180,8 @@ def _lifecycle_differences(spec: BucketSpec, seen: SeenBucket) -> Iterator[tuple
 
 
 def lifecycle_call(bucket: str, rules: list[lifecycle.Rule], before: Mapping[str, Any]) -> Call:
-    """Return the call that replaces all rules of a bucket; S3 knows no other way."""
-    if not rules:
-        return Call("s3", "DeleteBucketLifecycle", {"Bucket": bucket})
-    name = "TransitionDefaultMinimumObjectSize"  # of the bucket; else S3 resets it
-    more = {name: before[name]} if name in before else {}
-    return Call(
-        "s3",
-        "PutBucketLifecycleConfiguration",
-        {"Bucket": bucket, "LifecycleConfiguration": {"Rules": rules}, **more},
-    )
+    """Return the call that replaces all rules of a bucket."""
+    return Call("s3", *lifecycle.replacement(bucket, rules, before))
 
 
 def _users_bucket(spec: BucketSpec, seen: SeenBucket) -> Iterator[Step]:
