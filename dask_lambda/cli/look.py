@@ -154,9 +154,10 @@ def _as_text(line: Line) -> str:
     record = line.record
     if record is None:
         return f"{when}  {line.text}"
+    groups = record.get("groups", 0)
     text = (
         f"run {record['run']}  {record.get('milliseconds', 0):8.1f} ms  "
-        f"{record.get('groups', 0)} groups"
+        f"{groups} {'group' if groups == 1 else 'groups'}"
     )
     if record.get("cold"):
         text += "  cold start"
