@@ -13,7 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dask_lambda.config import DEFAULT_CONCURRENCY, Settings
-from dask_lambda.credentials import Credentials, find_credentials, open_with_own_credentials
+from dask_lambda.credentials import (
+    Credentials,
+    find_credentials,
+    open_with_own_credentials,
+    region_of_environment,
+)
 from dask_lambda.errors import ConfigurationError
 from lambda_worker.store import open_bucket
 
@@ -220,7 +225,7 @@ def _aws(settings: Settings) -> AWSBackend:
     assert settings.function is not None
     assert settings.bucket is not None
     try:
-        session = boto3.Session(region_name=settings.region)
+        session = boto3.Session(region_name=settings.region or region_of_environment())
         credentials = Credentials(find_credentials)
     except BotoCoreError as error:  # a profile that does not exist, a broken file
         raise ConfigurationError(f"the AWS configuration cannot be used: {error}") from error

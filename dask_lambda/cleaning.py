@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from dask_lambda import kept_runs, lifecycle
 from dask_lambda.config import Settings
-from dask_lambda.credentials import NO_CREDENTIALS
+from dask_lambda.credentials import NO_CREDENTIALS, region_of_environment
 from dask_lambda.errors import (
     AccessDeniedError,
     BucketNotFoundError,
@@ -303,16 +303,12 @@ class Bucket:
 
     def _put(self, rules: list[lifecycle.Rule], before: dict[str, Any]) -> None:
         """Replace all rules of the bucket; S3 knows no other way."""
+        from botocore import xform_name
+
         bucket = self.place.bucket
+        operation, parameters = lifecycle.replacement(bucket, rules, before)
         with _translated("s3:PutLifecycleConfiguration", bucket):
-            if not rules:
-                self._s3.delete_bucket_lifecycle(Bucket=bucket)
-                return
-            name = "TransitionDefaultMinimumObjectSize"  # of the bucket; else S3 resets it
-            more = {name: before[name]} if name in before else {}
-            self._s3.put_bucket_lifecycle_configuration(
-                Bucket=bucket, LifecycleConfiguration={"Rules": rules}, **more
-            )
+            getattr(self._s3, xform_name(operation))(**parameters)
 
 
 def delete_run(record: KeptRun) -> FoundRun | None:
@@ -349,7 +345,7 @@ def _client(place: Place) -> Any:
     from botocore.exceptions import BotoCoreError
 
     try:
-        session = boto3.Session(region_name=place.region)
+        session = boto3.Session(region_name=place.region or region_of_environment())
         return session.client(
             "s3",
             endpoint_url=place.endpoint_url,

@@ -11,6 +11,7 @@ again.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,11 @@ NO_CREDENTIALS = (
     "no AWS credentials were found: log in, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY"
 )
+
+
+def region_of_environment() -> str | None:
+    """Return ``AWS_REGION``, which AWS's other tools read, and botocore does not."""
+    return os.environ.get("AWS_REGION") or None
 
 
 class Credentials:

@@ -21,6 +21,7 @@ __all__ = [
     "ConfigurationError",
     "CyclicGraphError",
     "DaskLambdaError",
+    "DeploymentError",
     "FunctionNotFoundError",
     "FunctionTimeoutError",
     "IntegrityError",
@@ -52,6 +53,13 @@ class PackagingError(DaskLambdaError):
 
 class LocalAWSError(DaskLambdaError):
     """The embedded AWS could not be started, or has died."""
+
+
+class DeploymentError(DaskLambdaError):
+    """Something could not be made, changed or removed in the account; what was done so far stays.
+
+    The message says what that is; the same command goes on from there.
+    """
 
 
 class CyclicGraphError(DaskLambdaError, RuntimeError):

@@ -10,7 +10,7 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lambda_worker import protocol
@@ -56,6 +56,32 @@ def without(existing: Sequence[Rule], prefix: str) -> list[Rule]:
 def merged(existing: Sequence[Rule], prefix: str, days: int) -> list[Rule]:
     """Return a bucket's rules with ours for a prefix in place of what ours were before."""
     return [*without(existing, prefix), *rules(prefix, days)]
+
+
+def replacement(
+    bucket: str, rules: Sequence[Rule], before: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Return the operation, and its parameters, that replaces all rules of a bucket.
+
+    S3 knows no other way.
+
+    Parameters
+    ----------
+    bucket : str
+    rules : sequence of dict
+        All of them, also those that stay.
+    before : mapping
+        The bucket's configuration as S3 tells it.
+    """
+    if not rules:
+        return "DeleteBucketLifecycle", {"Bucket": bucket}
+    name = "TransitionDefaultMinimumObjectSize"  # of the bucket; else S3 resets it
+    more = {name: before[name]} if name in before else {}
+    configuration = {"Rules": list(rules)}
+    return (
+        "PutBucketLifecycleConfiguration",
+        {"Bucket": bucket, "LifecycleConfiguration": configuration, **more},
+    )
 
 
 def days_of(existing: Sequence[Rule], prefix: str) -> int | None:

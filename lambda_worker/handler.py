@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-from lambda_worker import codec, protocol
+from lambda_worker import codec, log_lines, protocol
 from lambda_worker.cache import Cache
 from lambda_worker.commit import commit
 from lambda_worker.environment import PREIMPORT, Packages, find_deployed, preimport
@@ -29,6 +29,7 @@ from lambda_worker.errors import IntegrityError, RequestError, StoreError, Unser
 from lambda_worker.execute import Cancelled, GroupRun, Output, TaskError
 from lambda_worker.lease import LeaseWatch
 from lambda_worker.limits import OutOfTime, TimeLimit
+from lambda_worker.log_lines import Work
 from lambda_worker.memory import share_out
 from lambda_worker.modules import LocalModules
 from lambda_worker.prefetch import Prefetcher, Slot
@@ -134,6 +135,7 @@ class Served:
         self.outputs: list[Value | Future[Value] | None] = [None] * len(group.outputs)
         self.left: set[str] = set()  # objects in the bucket of which no value tells
         self.run: GroupRun | None = None
+        self.key = ""
         self.wait = 0.0
         self.error: dict[str, Any] | None = None
         self.types = [""] * len(group.outputs)
@@ -149,6 +151,11 @@ class Served:
             yield
         finally:
             self.wait += time.perf_counter() - started
+
+    def work(self) -> Work:
+        """Describe the group in the log."""
+        label = "".join(self.group.outputs[:1]).rpartition("/")[2]
+        return Work(label, self.key, self.error["kind"] if self.error else None)
 
     def record(self) -> dict[str, Any]:
         """Describe the group in the reply, when its last output is committed."""
@@ -186,6 +193,7 @@ class Invocation:
         self.environment = environment
         self.store = environment.store(request.bucket)  # may raise for the name of no bucket
         self.inline_left = protocol.MAX_INLINE_TOTAL_BYTES
+        self.served: list[Served] = []
         self._locks: dict[str, threading.Lock] = {}
         self._inputs: Prefetcher[Frames] = Prefetcher(
             environment.fetching, environment.shares.prefetch
@@ -204,7 +212,7 @@ class Invocation:
         if isinstance(groups, Value):  # the request was too long to hold them
             text = codec.deserialize(self.fetch(groups))
             groups = [GroupRequest.from_json(g) for g in json.loads(bytes(text))]
-        served = [Served(group) for group in groups]
+        served = self.served = [Served(group) for group in groups]
         self._prefetch(served)  # which unpickles nothing
         self._use_modules()
         for each in served:
@@ -341,6 +349,7 @@ class Invocation:
         group = served.group
         body = self._load_body(served)
         keys = body.outputs
+        served.key = repr(keys[0]) if keys else ""
         first = 1 + len(group.frames)
         places = {n: first + s for n, s in zip(body.inputs, body.sources, strict=True)}
         names = Counter(places.values())
@@ -507,7 +516,7 @@ def serve(event: Any, context: Any, environment: Environment) -> dict[str, Any]:
         if differences.refused:
             reply["refused"]["packages"] = differences.refused
         reply["milliseconds"] = (time.perf_counter() - started) * 1e3
-        _log(event, context, reply, environment)
+        environment.log(log_lines.line(event, context, reply))
         return reply
     invocation: Invocation | None = None
     hits = environment.cache.hits
@@ -525,7 +534,8 @@ def serve(event: Any, context: Any, environment: Environment) -> dict[str, Any]:
     # It never falls while the environment lives: the peak so far, not that of this call alone.
     reply["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     reply["milliseconds"] = (time.perf_counter() - started) * 1e3
-    _log(event, context, reply, environment)
+    work = [each.work() for each in invocation.served] if invocation is not None else []
+    environment.log(log_lines.line(event, context, reply, work))
     return reply
 
 
@@ -546,24 +556,6 @@ _KINDS: tuple[tuple[type[Exception], str], ...] = (
     (UnserializableError, "unserializable"),
     (RequestError, "request"),
 )
-
-
-def _log(
-    event: dict[str, Any], context: Any, reply: dict[str, Any], environment: Environment
-) -> None:
-    """Write one structured line for each invocation, to CloudWatch on AWS."""
-    groups = reply.get("groups", [])
-    line = {
-        "run": event.get("run"),
-        "request": context.aws_request_id,
-        "cold": reply["cold"],
-        "groups": len(groups),
-        "errors": sum("error" in g for g in groups),
-        "cancelled": any(g.get("error", {}).get("kind") == "cancelled" for g in groups),
-        "milliseconds": round(reply["milliseconds"], 3),
-        "peak_memory": reply.get("peak_memory"),
-    }
-    environment.log(json.dumps(line) + "\n")
 
 
 def _text(error: BaseException) -> str:

@@ -304,3 +304,10 @@ def test_credentials_that_have_to_be_renewed_are_not_at_hand() -> None:
     assert credentials.get_frozen_credentials().access_key == "a"
     assert credentials.at_hand
     assert Credentials(lambda: Botocore("a", "b")).at_hand
+
+
+def test_aws_region_is_read_as_awss_other_tools_read_it(
+    connect: Connect, aws: LocalAWS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REGION", aws.region)
+    assert delayed(abs)(-1).compute(scheduler=connect(region=None)) == 1

@@ -18,7 +18,7 @@ CLIENT = sorted((ROOT / "dask_lambda").rglob("*.py"))
 
 #: The engine from the top down: a module imports only what stands below it.
 ENGINE = [
-    *("__main__", "cli", "cluster", "proxy", "proxy_scheduler", "unsupported"),
+    *("cluster", "proxy", "proxy_scheduler", "unsupported"),
     *("__init__", "cleaning", "saved"),
     *("executor", "mapping", "chains", "calling", "arguments", "futures", "distant"),
     *("scheduler", "session", "resume"),
@@ -52,14 +52,24 @@ ENGINE = [
     *("history", "estimates", "graph", "cost_model", "kernels"),
     *("report", "cost", "config", "credentials", "loop_thread", "signals", "errors"),
 ]
+#: What is deployed to an account, likewise.  It stands beside the engine: nothing of the engine
+#: imports it, only the command line does.
+DEPLOY = [
+    *("doctor", "hello", "destroy", "deployment", "cloudformation"),
+    *("record", "logs", "apply", "look", "plan", "aws", "calls"),
+    *("seen", "resources", "policies", "naming", "artifact"),
+]
+PURE_DEPLOY = [
+    *("cloudformation", "plan", "calls", "seen", "resources", "policies", "naming", "artifact"),
+]
 #: The ground, likewise.
 GROUND = [
-    *("standalone", "handler", "lease", "limits", "uploads", "prefetch", "execute", "calls"),
-    *("folds", "commit", "store", "codec", "cache", "memory", "modules", "protocol"),
+    *("standalone", "handler", "log_lines", "lease", "limits", "uploads", "prefetch", "execute"),
+    *("calls", "folds", "commit", "store", "codec", "cache", "memory", "modules", "protocol"),
     *("environment", "errors"),
 ]
 #: The packaging of workers, likewise.
-DEPLOY = [
+PACKAGING = [
     "package",
     "image",
     "layers",
@@ -153,14 +163,41 @@ def test_the_engine_imports_downwards(name):
     assert not inner_imports(path, "dask_lambda") & above
 
 
-@pytest.mark.parametrize("name", DEPLOY)
+@pytest.mark.parametrize("name", PACKAGING)
 def test_packaging_imports_downwards_and_nothing_of_the_engine(name):
     path = ROOT / "dask_lambda" / "deploy" / f"{name}.py"
-    above = set(DEPLOY[: DEPLOY.index(name) + 1])
+    above = set(PACKAGING[: PACKAGING.index(name) + 1])
     assert not inner_imports(path, "dask_lambda.deploy") & above
     others = {name for name in imports(path) if name.startswith("dask_lambda.")}
     allowed = ("dask_lambda.deploy", "dask_lambda.errors", "dask_lambda.local_start")
     assert all(name.startswith(allowed) for name in others)
+
+
+@pytest.mark.parametrize("name", DEPLOY)
+def test_what_deploys_imports_downwards(name):
+    path = ROOT / "dask_lambda" / "deploy" / f"{name}.py"
+    above = set(DEPLOY[: DEPLOY.index(name) + 1])
+    assert not inner_imports(path, "dask_lambda.deploy") & above
+
+
+@pytest.mark.parametrize("name", PURE_DEPLOY)
+def test_descriptions_of_deployments_know_nothing_of_the_world(name):
+    tops = {n.split(".")[0] for n in imports(ROOT / "dask_lambda" / "deploy" / f"{name}.py")}
+    assert not tops & WORLD
+
+
+def test_every_module_that_deploys_has_its_place():
+    found = {path.stem for path in (ROOT / "dask_lambda" / "deploy").glob("*.py")}
+    assert found == {"__init__", *DEPLOY, *PACKAGING}
+
+
+def test_nothing_but_the_command_line_imports_what_deploys():
+    for path in CLIENT:
+        if path.parent.name in ("cli", "deploy"):
+            continue
+        names = imports(path)
+        assert not {n for n in names if n.startswith("dask_lambda.deploy")}, path.name
+        assert path.stem == "__main__" or "dask_lambda.cli" not in names, path.name
 
 
 @pytest.mark.parametrize("name", PURE)

@@ -1,0 +1,449 @@
+"""``dask-lambda deploy``, ``status``, ``destroy``: what is in an AWS account.
+
+May import: click, common; everything else late.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dask_lambda.cli.common import as_json, confirm, endpoint_url, name, print_json, region, yes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dask_lambda.deploy.artifact import Package
+    from dask_lambda.deploy.aws import Account
+    from dask_lambda.deploy.calls import Step
+    from dask_lambda.deploy.deployment import Prepared, State
+    from dask_lambda.deploy.naming import Where
+    from dask_lambda.deploy.resources import Blueprint
+
+#: Exit codes of ``status``.
+NOTHING_DEPLOYED = 3
+DIFFERS = 4
+
+SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=", "empty": "-"}
+
+
+@click.command()
+@name
+@region
+@endpoint_url
+@click.option("--bucket", metavar="NAME", help="A bucket of your own; default: one is made.")
+@click.option("--prefix", default="dask-lambda", show_default=True, help="Of object names.")
+@click.option(
+    "--memory",
+    multiple=True,
+    type=int,
+    metavar="MB",
+    help="A function for each size; give it several times.  [default: 1769, 3538, 10240]",
+)
+@click.option("--timeout", type=int, default=900, show_default=True, help="Seconds.")
+@click.option(
+    "--architecture",
+    type=click.Choice(["x86_64", "arm64"]),
+    default="x86_64",
+    show_default=True,
+    help="arm64 costs a fifth less for the same time.",
+)
+@click.option("--storage", type=int, default=512, show_default=True, help="MB of /tmp.")
+@click.option("--log-days", type=int, default=14, show_default=True, help="Log lines are kept.")
+@click.option(
+    "--expire-days",
+    type=int,
+    default=7,
+    show_default=True,
+    help="After which S3 deletes what killed programs have left.",
+)
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="More tags.")
+@click.option("--permissions-boundary", metavar="ARN", help="Of the execution role.")
+@click.option("--tracing", is_flag=True, help="Switch X-Ray on.")
+@click.option("--metrics", is_flag=True, help="Have workers write metrics for CloudWatch.")
+@click.option("--package", "packages", multiple=True, help="A package that tasks import.")
+@click.option(
+    "--from",
+    "requirements",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A file with requirements.",
+)
+@click.option(
+    "--image",
+    metavar="URI",
+    help="A container image in ECR, in place of layers.",
+)
+@click.option("--everything", is_flag=True, help="All packages that are installed here.")
+@click.option("--without", multiple=True, help="A package that no task needs.")
+@click.option(
+    "--worker-only",
+    is_flag=True,
+    help="No packages but the worker itself: for emulators that run it in this environment.",
+)
+@click.option("--dry-run", is_flag=True, help="Only print the API calls and the policies.")
+@click.option(
+    "--cloudformation",
+    type=click.Path(dir_okay=False, writable=True),
+    metavar="FILE",
+    help="Only write a template, and the zip files beside it.",
+)
+@yes
+@as_json
+def deploy(**given: Any) -> None:
+    """Put function, bucket and role into an AWS account, or bring them up to date.
+
+    What will be done is shown first.  It can be done at any time: what is there already stays.
+    """
+    from dask_lambda import __version__ as version
+    from dask_lambda.deploy import deployment
+    from dask_lambda.deploy.resources import LADDER, Options
+
+    options = Options(
+        given["name"],
+        given["bucket"],
+        given["prefix"],
+        tuple(given["memory"]) or LADDER,
+        given["timeout"],
+        given["storage"],
+        given["log_days"],
+        given["expire_days"],
+        _tags(given["tags"]),
+        given["permissions_boundary"],
+        given["tracing"],
+        given["metrics"],
+    )
+    options.check()
+    account = open_account(given["region"], given["endpoint_url"])
+    package = _package(given, account.where)
+    if given["cloudformation"]:
+        from dask_lambda.deploy.resources import blueprint
+
+        wanted = blueprint(
+            options, account.where, package, version=version, secure=account.is_secure
+        )
+        _write_template(wanted, given["cloudformation"], given["as_json"])
+        return
+    prepared = deployment.prepare(account, options, package, version)
+    if given["dry_run"]:
+        _print_dry_run(prepared, given["as_json"])
+        return
+    if not given["as_json"]:
+        _print_plan(prepared)
+    if prepared.changes:
+        confirm(given["yes"], given["as_json"], "Do that?")
+    done = deployment.deploy(
+        prepared, (lambda step: None) if given["as_json"] else (lambda step: click.echo(f"{step}"))
+    )
+    left_out = [{"name": s.name, "why": why} for s, why in done.applied.left_out]
+    if given["as_json"]:
+        print_json(
+            {
+                "deployed": done.record.name,
+                "done": [str(step) for step in done.applied.done],
+                "left_out": left_out,
+                "functions": done.record.names.functions,
+                "bucket": done.record.bucket,
+                "role": done.record.names.role_arn,
+                "environment": done.record.environment,
+                "configuration": str(done.configuration),
+                "warnings": prepared.warnings,
+                "invoker_policy": _invoker(done.record.names),
+            }
+        )
+        return
+    for each in left_out:
+        click.echo(f"left out {each['name']}, which this account does not take: {each['why']}")
+    click.echo(f"Dask programs of yours use it from now on: {done.configuration}")
+    click.echo("To try it: dask-lambda hello.  For somebody else who computes with it:")
+    click.echo("dask-lambda deploy --dry-run prints the policy that they need.")
+
+
+@click.command()
+@name
+@region
+@endpoint_url
+@click.option("--bucket", metavar="NAME", help="The bucket of your own that it was deployed with.")
+@as_json
+@click.pass_context
+def status(context: click.Context, /, as_json: bool, **given: Any) -> None:
+    """Say what is deployed, and what somebody has changed since.
+
+    Exit code 0: as it was deployed; 3: nothing is; 4: something differs.
+    """
+    from dask_lambda.deploy.deployment import state_of
+
+    account = open_account(given["region"], given["endpoint_url"], given["name"])
+    state = state_of(account, given["name"], given["bucket"])
+    if as_json:
+        print_json(_describe(state))
+    else:
+        _print_state(state)
+    context.exit(NOTHING_DEPLOYED if not state.exists else DIFFERS if state.remarks else 0)
+
+
+@click.command()
+@name
+@region
+@endpoint_url
+@click.option("--bucket", metavar="NAME", help="The bucket of your own that it was deployed with.")
+@click.option("--kept", is_flag=True, help="Kept runs as well.")
+@yes
+@as_json
+def destroy(as_json: bool, yes: bool, kept: bool, **given: Any) -> None:
+    """Remove exactly what `deploy` has made.
+
+    A bucket of your own stays, with all that is not below our prefix.
+    """
+    from dask_lambda.deploy import deployment
+    from dask_lambda.deploy.destroy import destroy, prepare_removal
+
+    account = open_account(given["region"], given["endpoint_url"], given["name"])
+    record = deployment.known(account, given["name"], given["bucket"])
+    removal = prepare_removal(account, record, kept=kept)
+    doing = [step for step in removal.steps if step.calls]
+    if not as_json:
+        for step in removal.steps:
+            _print_step(step)
+    if doing:
+        confirm(yes, as_json, f"Remove {len(doing)} things from {record.where}?")
+    stays = destroy(
+        removal, (lambda step: None) if as_json else (lambda step: click.echo(f"{step}"))
+    )
+    if as_json:
+        print_json({"removed": [f"{s.kind} {s.name}" for s in doing], "stays": stays})
+    elif not doing:
+        click.echo(f"nothing of {record.name!r} is in {record.where}")
+
+
+def open_account(region: str | None, endpoint_url: str | None, name: str | None = None) -> Account:
+    """Open the account that is meant: by options, else by the record of a deployment."""
+    from dask_lambda.config import Settings
+    from dask_lambda.deploy import record
+    from dask_lambda.deploy.aws import Account
+
+    if name is not None and (region is None or endpoint_url is None):
+        found = record.find(name, region)
+        if len(found) == 1:
+            region = region or found[0].region
+            endpoint_url = endpoint_url or found[0].endpoint_url
+    settings = Settings.resolve()
+    return Account.open(region or settings.region, endpoint_url or settings.endpoint_url)
+
+
+def _package(given: dict[str, Any], where: Where) -> Package:
+    """Build what is deployed, or find it built."""
+    from pathlib import Path
+
+    from dask_lambda.deploy import artifact
+    from dask_lambda.deploy import package as packaging
+    from lambda_worker.environment import PREIMPORT
+
+    early = [(PREIMPORT, packaging.PREIMPORT)]
+    if given["image"]:
+        return artifact.from_image(given["image"], given["architecture"], early)
+    if given["worker_only"]:
+        return artifact.worker_only(given["architecture"])
+    click.echo("building the workers' packages, unless they are built already ...", err=True)
+    requirements = given["requirements"]
+    built = packaging.build(
+        given["packages"],
+        requirements=Path(requirements) if requirements else None,
+        everything=given["everything"],
+        without=given["without"],
+        architecture=given["architecture"],
+    )
+    largest = ", ".join(f"{each.name} {each.nbytes / 1e6:.0f}" for each in built.sizes[:4])
+    click.echo(
+        f"{len(built.packages)} packages, {built.unzipped / 1e6:.0f} MB unzipped ({largest}, ...), "
+        f"environment {built.digest}",
+        err=True,
+    )
+    if built.form == "image":
+        raise click.ClickException(
+            _how_to_push(packaging.image_context(built), given["architecture"], where)
+        )
+    return artifact.from_environment(built, packaging.function_code(), early)
+
+
+def _how_to_push(context: Path, architecture: str, where: Where) -> str:
+    from dask_lambda.deploy.image import DOCKER_PLATFORMS
+
+    domain = "amazonaws.com.cn" if where.partition == "aws-cn" else "amazonaws.com"
+    registry = f"{where.account}.dkr.ecr.{where.region}.{domain}"
+    repository = f"{registry}/dask-lambda"
+    platform = DOCKER_PLATFORMS[architecture]
+    return (
+        "these packages need a container image: they are too large for layers, or one of them has "
+        f"no wheel for Lambda's own runtime. Its recipe is in {context}. Where docker is:\n"
+        f"  aws ecr create-repository --region {where.region} --repository-name dask-lambda\n"
+        f"  aws ecr get-login-password --region {where.region} | docker login --username AWS "
+        f"--password-stdin {registry}\n"
+        f"  docker build --platform {platform} --provenance=false -t {repository}:1 {context}\n"
+        f"  docker push {repository}:1\n"
+        f"  dask-lambda deploy --image {repository}:1 --architecture {architecture}\n"
+        "Or leave packages out (--without), or use Python 3.12 or newer, which has more wheels"
+    )
+
+
+def _tags(given: tuple[str, ...]) -> dict[str, str]:
+    tags = {}
+    for each in given:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{each!r} is not KEY=VALUE", param_hint="--tag")
+        tags[key] = value
+    return tags
+
+
+def _invoker(names: Any) -> dict[str, Any]:
+    from dask_lambda.deploy import policies
+
+    return policies.invoker(names)
+
+
+def _print_dry_run(prepared: Prepared, as_json: bool) -> None:
+    from dask_lambda.deploy import policies
+
+    wanted = prepared.wanted
+    documents = {
+        "execution role": wanted.role.policy,
+        "execution role's trust": wanted.role.trust,
+        "whoever computes": policies.invoker(wanted.names),
+        "whoever deploys": policies.deployer(wanted.names, image=bool(wanted.package.image)),
+    }
+    if as_json:
+        print_json(
+            {
+                "steps": [step.to_json() for step in prepared.steps],
+                "policies": documents,
+                "warnings": prepared.warnings,
+            }
+        )
+        return
+    _print_plan(prepared)
+    click.echo("\nThe API calls:")
+    for step in prepared.changes:
+        for call in step.calls:
+            shown = call.to_json()
+            click.echo(f"\n{call.service} {call.operation}   (needs {call.action})")
+            click.echo(json.dumps(shown["parameters"], indent=1))
+    for who, document in documents.items():
+        click.echo(f"\nThe policy of the {who}:" if "role" in who else f"\nThe policy for {who}:")
+        click.echo(json.dumps(document, indent=1))
+    click.echo("\nNothing was changed.")
+
+
+def _print_plan(prepared: Prepared) -> None:
+    options = prepared.wanted.options
+    click.echo(f"The deployment {options.name!r} in {prepared.wanted.names.where}:")
+    for step in prepared.steps:
+        _print_step(step)
+    for warning in prepared.warnings:
+        click.echo(f"note: {warning}")
+    if not prepared.changes:
+        click.echo("everything is there already")
+    else:
+        click.echo(
+            "None of it costs anything while nothing runs, but what is stored ($0.023 per GB and "
+            "month in S3, in us-east-1)."
+        )
+
+
+def _print_step(step: Step) -> None:
+    why = f" ({'; '.join(step.why)})" if step.why else ""
+    click.echo(f"  {SIGNS[step.verb]} {step}{why}")
+
+
+def _describe(state: State) -> dict[str, Any]:
+    record = state.record
+    return {
+        "name": record.name,
+        "deployed": state.exists,
+        "account": record.account,
+        "region": record.region,
+        "bucket": record.bucket if state.seen.bucket else None,
+        "role": record.names.role_arn if state.seen.role else None,
+        "functions": [
+            {
+                "name": each.name,
+                "state": each.state,
+                "memory": each.memory,
+                "differences": each.differences,
+            }
+            for each in state.functions
+        ],
+        "environment": record.environment or None,
+        "version": record.version or None,
+        "concurrency": state.concurrency,
+        "remarks": state.remarks,
+    }
+
+
+def _print_state(state: State) -> None:
+    record = state.record
+    if not state.exists:
+        click.echo(f"nothing of {record.name!r} is deployed in {record.where}")
+        return
+    click.echo(f"{record.name} in {record.where}")
+    for each in state.functions:
+        memory = f"{each.memory:,} MB" if each.memory else ""
+        click.echo(f"  function   {each.name:32} {each.state:10} {memory}")
+    if state.seen.bucket:
+        click.echo(f"  bucket     {record.bucket}")
+    if state.seen.role:
+        click.echo(f"  role       {record.names.role}")
+    if record.environment:
+        click.echo(f"  packages   {record.environment}  ({record.architecture})")
+    if state.concurrency is not None:
+        click.echo(f"  account    {state.concurrency:,} executions at a time")
+    for remark in state.remarks:
+        click.echo(f"  ! {remark}")
+    if state.remarks:
+        click.echo("dask-lambda deploy puts it in order")
+
+
+def _write_template(wanted: Blueprint, path: str, as_json: bool) -> None:
+    from pathlib import Path
+
+    from dask_lambda.deploy import cloudformation
+
+    target = Path(path)
+    text = json.dumps(cloudformation.template(wanted), indent=1) + "\n"
+    directory = target.with_name(f"{target.stem}-files")
+    files = cloudformation.files(wanted)
+    try:
+        if files:
+            directory.mkdir(parents=True, exist_ok=True)
+        for name, archive in files.items():
+            (directory / name).write_bytes(archive.read())
+        target.write_text(text, "utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be written: {error}") from error
+    if as_json:
+        print_json({"template": str(target), "files": [str(directory / name) for name in files]})
+        return
+    where = wanted.names.where
+    parameters = ""
+    click.echo(f"wrote {target}" + (f" and, beside it, {directory}" if files else ""))
+    click.echo("Whoever may create a stack does:")
+    if files:
+        click.echo(f"  aws s3 cp --recursive {directory} s3://CODE-BUCKET/dask-lambda/")
+        parameters = " --parameter-overrides CodeBucket=CODE-BUCKET CodePrefix=dask-lambda/"
+    click.echo(
+        f"  aws cloudformation deploy --region {where.region} --template-file {target} "
+        f"--stack-name {wanted.options.name} --capabilities CAPABILITY_NAMED_IAM{parameters}"
+    )
+    names = wanted.names
+    smallest, *larger = names.sizes
+    click.echo("Then, in ~/.config/dask/dask-lambda.yaml:")
+    click.echo("  dask-lambda:")
+    click.echo(f"    function: {names.function(smallest)}")
+    click.echo(f"    memory: {smallest}")
+    click.echo(f"    bucket: {names.bucket}")
+    click.echo(f"    region: {where.region}")
+    if larger:
+        click.echo("    larger-functions:")
+        for memory in larger:
+            click.echo(f'      "{memory}": {names.function(memory)}')

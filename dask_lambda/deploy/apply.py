@@ -1,0 +1,228 @@
+"""Carrying out a plan.
+
+May import: aws, calls, errors.
+
+AWS's control plane is eventually consistent: a role that was just made cannot be taken on for some
+seconds, a function that was just changed cannot be changed again.  That is waited for here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask_lambda.deploy.artifact import Archive
+from dask_lambda.deploy.aws import Account, code_of
+from dask_lambda.deploy.calls import Call, LayerArn, Step
+from dask_lambda.errors import DaskLambdaError, DeploymentError
+
+#: Seconds until what AWS says about something that is being made is believed: a new role takes
+#: about ten, a function a minute at the most.
+PATIENCE = 180.0
+#: Seconds between two looks, growing.
+FIRST_WAIT, LONGEST_WAIT = 0.25, 5.0
+
+#: Errors that end by themselves: code, and what the message says.
+PASSING = (
+    ("InvalidParameterValueException", "cannot be assumed by Lambda"),  # the role is too new
+    ("ResourceConflictException", "update is in progress"),
+    ("ResourceConflictException", "is currently in the following state: Pending"),
+    ("InvalidParameterValueException", "execution role does not have permissions"),  # the same
+    ("NoSuchEntity", ""),  # made just now, and not known everywhere yet
+    ("NoSuchBucket", ""),
+    ("OperationAborted", ""),  # a bucket of this name is just being deleted
+    ("ConcurrentModification", ""),
+    ("ConcurrentModificationException", ""),
+    ("TooManyRequestsException", ""),
+)
+#: What error codes mean to a user.
+MEANINGS = {
+    "BucketAlreadyExists": "somebody else has a bucket of this name (they are unique in the "
+    "world): choose another name (--name or --bucket)",
+    "BucketAlreadyOwnedByYou": "this bucket was made by somebody in this account just now: run the "
+    "same command again",
+    "CodeStorageExceededException": "the account's room for functions and layers (75 GB) is used "
+    "up: delete old ones, or ask AWS for more",
+    "LimitExceededException": "a quota of the account is used up: ask AWS for more",
+    "LimitExceeded": "a quota of the account is used up: ask AWS for more",
+    "BucketNotEmpty": "something was written into the bucket meanwhile: run the same command again",
+    "TooManyBuckets": "the account has as many buckets as it may: use one of them (--bucket)",
+}
+
+
+@dataclass(slots=True)
+class Applied:
+    """What was done.
+
+    Attributes
+    ----------
+    done : list of Step
+    left_out : list of (Step, str)
+        What this account does not take, and what it says.
+    layers : dict
+        Name to ARN, of those that were published.
+    """
+
+    done: list[Step] = field(default_factory=list)
+    left_out: list[tuple[Step, str]] = field(default_factory=list)
+    layers: dict[str, str] = field(default_factory=dict)
+
+
+class Applier:
+    """Carries out the steps of a plan, one after the other.
+
+    Parameters
+    ----------
+    account : Account
+    tell : callable, optional
+        Hears of each step before it is taken.
+    sleep, clock : callable
+        As in :mod:`time`.
+    """
+
+    def __init__(
+        self,
+        account: Account,
+        tell: Callable[[Step], object] = lambda step: None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._account, self._tell = account, tell
+        self._sleep, self._clock = sleep, clock
+        self.applied = Applied()
+
+    def run(self, steps: Iterable[Step]) -> Applied:
+        """Take all steps.
+
+        Raises
+        ------
+        DeploymentError
+            One could not be taken; the message says which, and what was done before.
+        """
+        for step in steps:
+            if not step.calls:
+                continue
+            self._tell(step)
+            try:
+                for call in step.calls:
+                    self.make(call)
+            except Exception as error:
+                if step.optional and step.optional in str(error):
+                    self.applied.left_out.append((step, str(error)))
+                    continue
+                raise self._failed(step, error) from error
+            self.applied.done.append(step)
+        return self.applied
+
+    def make(self, call: Call) -> dict[str, Any]:
+        """Make one call, and wait until it has taken effect."""
+        from botocore.exceptions import ClientError
+
+        parameters = self._filled(call.parameters)
+        deadline = self._clock() + PATIENCE
+        wait = FIRST_WAIT
+        while True:
+            try:
+                answer = self._account.call(call.service, call.operation, **parameters)
+            except ClientError as error:
+                if code_of(error) in call.done:
+                    return {}
+                if not _passes(error) or self._clock() > deadline:
+                    raise
+                self._sleep(wait)
+                wait = min(2 * wait, LONGEST_WAIT)
+            else:
+                break
+        if errors := answer.get("Errors"):  # of DeleteObjects, which succeeds all the same
+            raise DeploymentError(
+                f"{len(errors)} objects could not be deleted, among them {errors[0].get('Key')} "
+                f"({errors[0].get('Code')}: {errors[0].get('Message')})"
+            )
+        if call.operation == "PublishLayerVersion":
+            self.applied.layers[parameters["LayerName"]] = answer["LayerVersionArn"]
+        self._settle(call)
+        return answer
+
+    def _filled(self, value: Any) -> Any:
+        """Put bytes and ARNs in their places."""
+        if isinstance(value, Archive):
+            return value.read()
+        if isinstance(value, LayerArn):
+            return self.applied.layers[value.name]
+        if isinstance(value, Mapping):
+            return {name: self._filled(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._filled(each) for each in value]
+        return value
+
+    # -- waiting ---------------------------------------------------------------------------------
+
+    def _settle(self, call: Call) -> None:
+        match call.settled:
+            case "bucket":
+                name = call.parameters["Bucket"]
+                self._until(
+                    lambda: self._exists("s3", "HeadBucket", "404", "NoSuchBucket", Bucket=name),
+                    f"the bucket {name}",
+                )
+            case "role":
+                name = call.parameters["RoleName"]
+                self._until(
+                    lambda: self._exists("iam", "GetRole", "NoSuchEntity", RoleName=name),
+                    f"the role {name}",
+                )
+            case "function":
+                name = call.parameters["FunctionName"]
+                self._until(lambda: self._is_ready(name), f"the function {name}")
+
+    def _exists(self, service: str, operation: str, *absent: str, **parameters: Any) -> bool:
+        return self._account.found(service, operation, *absent, **parameters) is not None
+
+    def _is_ready(self, name: str) -> bool:
+        found = self._account.found(
+            "lambda", "GetFunctionConfiguration", "ResourceNotFoundException", FunctionName=name
+        )
+        if found is None:
+            return False
+        for state, reason in (("State", "StateReason"), ("LastUpdateStatus",) * 2):
+            if found.get(state) == "Failed":
+                why = found.get(reason) or found.get(f"{state}Reason") or "no reason is given"
+                raise DeploymentError(f"Lambda could not set up the function {name}: {why}")
+        pending = found.get("State") == "Pending" or found.get("LastUpdateStatus") == "InProgress"
+        return not pending
+
+    def _until(self, true: Callable[[], bool], what: str) -> None:
+        deadline = self._clock() + PATIENCE
+        wait = FIRST_WAIT
+        while not true():
+            if self._clock() > deadline:
+                raise DeploymentError(f"{what} was not ready within {PATIENCE:g} s")
+            self._sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    # -- what went wrong -------------------------------------------------------------------------
+
+    def _failed(self, step: Step, error: Exception) -> DeploymentError:
+        from botocore.exceptions import ClientError
+
+        if isinstance(error, ClientError):
+            code = code_of(error)
+            message = error.response.get("Error", {}).get("Message", "")
+            what = MEANINGS.get(code) or f"{code}: {message}"
+        elif isinstance(error, DaskLambdaError):
+            what = str(error)
+        else:
+            what = f"{type(error).__name__}: {error}"
+        done = [str(each) for each in self.applied.done]
+        so_far = f"done so far: {'; '.join(done)}" if done else "nothing was done before"
+        return DeploymentError(
+            f"could not {step}: {what}\n{so_far}.\nThe same command goes on from there; "
+            "`dask-lambda destroy` removes what was made."
+        )
+
+
+def _passes(error: Any) -> bool:
+    code, message = code_of(error), str(error)
+    return any(code == known and text in message for known, text in PASSING)

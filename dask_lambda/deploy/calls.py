@@ -1,0 +1,112 @@
+"""API calls as data, so that they can be shown before they are made.  Pure.
+
+May import: artifact, policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dask_lambda.deploy import policies
+from dask_lambda.deploy.artifact import Archive
+
+Verb = Literal["create", "change", "keep", "delete", "empty", "leave"]
+#: What has to be waited for after a call, before the next one.
+Settled = Literal["bucket", "role", "function", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerArn:
+    """In the place of an ARN that is known once the layer's version is published."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"<ARN of the new version of {self.name}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of an API.
+
+    Attributes
+    ----------
+    service, operation : str
+        As in botocore: ``"lambda"``, ``"CreateFunction"``.
+    parameters : mapping
+        Its parameters; an :class:`Archive` stands for its bytes, a :class:`LayerArn` for an ARN.
+    settled : str
+        What to wait for afterwards.
+    done : tuple of str
+        Error codes that mean that there is nothing to do any more.
+    """
+
+    service: str
+    operation: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    settled: Settled = ""
+    done: tuple[str, ...] = ()
+
+    @property
+    def action(self) -> str:
+        """The permission that it needs."""
+        return policies.action_of(self.service, self.operation)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for people and programs to read: archives as their size and hash."""
+        return {
+            "service": self.service,
+            "operation": self.operation,
+            "parameters": _shown(self.parameters),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is done about one resource.
+
+    Attributes
+    ----------
+    verb : str
+    kind, name : str
+        Of the resource: ``"function"``, ``"dask-lambda-1769"``.
+    why : sequence of str
+        What differs, or what there is to say.
+    calls : sequence of Call
+    optional : str
+        If the account refuses the first call for this reason, the resource is left out.
+    """
+
+    verb: Verb
+    kind: str
+    name: str
+    why: Sequence[str] = ()
+    calls: Sequence[Call] = ()
+    optional: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for people and programs to read."""
+        return {
+            "action": self.verb,
+            "kind": self.kind,
+            "name": self.name,
+            "why": list(self.why),
+            "calls": [call.to_json() for call in self.calls],
+        }
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.kind} {self.name}"
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, Archive):
+        return f"<{value.size:,} bytes, SHA-256 {value.sha256}>"
+    if isinstance(value, LayerArn):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _shown(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(each) for each in value]
+    return value

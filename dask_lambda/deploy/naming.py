@@ -1,0 +1,170 @@
+"""What everything in the account is called, so that it is found again.  Pure.
+
+May import: kept_folder (for a prefix), errors, the ground.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dask_lambda.errors import ConfigurationError
+from dask_lambda.kept_folder import kept_prefix
+from lambda_worker import protocol
+
+#: The tag by which a deployment knows what is its own; its value is the deployment's name.
+TAG = "dask-lambda:deployment"
+DEFAULT = "dask-lambda"
+#: With account and region the bucket's name must not be longer than 63 characters.
+NAME = re.compile(r"[a-z][a-z0-9-]{0,27}[a-z0-9]")
+LOGS = "/aws/lambda/"
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """An account and a region.
+
+    Attributes
+    ----------
+    account : str
+        Twelve digits.
+    region : str
+    partition : str
+        Which AWS: ``"aws"``, ``"aws-cn"``, ``"aws-us-gov"``.
+    """
+
+    account: str
+    region: str
+    partition: str = "aws"
+
+    def __str__(self) -> str:
+        return f"account {self.account}, {self.region}"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """All names of a deployment, and their ARNs.
+
+    Attributes
+    ----------
+    deployment : str
+    where : Where
+    bucket : str
+    prefix : str
+        Of the object names, behind the shard.
+    sizes : tuple of int
+        MB of memory, one function for each.
+    """
+
+    deployment: str
+    where: Where
+    bucket: str
+    prefix: str
+    sizes: tuple[int, ...]
+
+    def function(self, memory: int) -> str:
+        """Return the name of the function with so much memory."""
+        return f"{self.deployment}-{memory}"
+
+    @property
+    def functions(self) -> list[str]:
+        """The names of all functions, from the smallest."""
+        return [self.function(memory) for memory in self.sizes]
+
+    @property
+    def log_groups(self) -> list[str]:
+        """The log groups of the functions."""
+        return [LOGS + name for name in self.functions]
+
+    @property
+    def role(self) -> str:
+        """The name of the execution role: IAM knows no regions, so it is in the name."""
+        return role_name(self.deployment, self.where.region)
+
+    def layer(self, name: str) -> str:
+        """Return the name of a layer of the package."""
+        return f"{self.deployment}-{name}"
+
+    @property
+    def bucket_arn(self) -> str:
+        """The ARN of the bucket."""
+        return f"arn:{self.where.partition}:s3:::{self.bucket}"
+
+    @property
+    def object_arns(self) -> list[str]:
+        """Pattern of the ARNs of objects, of runs and of kept runs."""
+        shard = "?" * protocol.SHARD_DIGITS
+        prefixes = (self.prefix, kept_prefix(self.prefix))
+        return [f"{self.bucket_arn}/{shard}/{prefix}/*" for prefix in prefixes]
+
+    @property
+    def role_arn(self) -> str:
+        """The ARN of the execution role."""
+        return f"arn:{self.where.partition}:iam::{self.where.account}:role/{self.role}"
+
+    @property
+    def function_arns(self) -> list[str]:
+        """The ARNs of the functions."""
+        return [self._arn("lambda", f"function:{name}") for name in self.functions]
+
+    def function_arn(self, name: str) -> str:
+        """Return the ARN of a function."""
+        return self._arn("lambda", f"function:{name}")
+
+    @property
+    def any_function_arn(self) -> str:
+        """Pattern of the ARNs of functions of this deployment."""
+        return self._arn("lambda", f"function:{self.deployment}-*")
+
+    @property
+    def any_layer_arn(self) -> str:
+        """Pattern of the ARNs of layers of this deployment."""
+        return self._arn("lambda", f"layer:{self.deployment}-*")
+
+    @property
+    def any_image_arn(self) -> str:
+        """Pattern of the ARNs of image repositories in this account and region."""
+        return self._arn("ecr", "repository/*")
+
+    @property
+    def any_log_group_arn(self) -> str:
+        """Pattern of the ARNs of log groups of this deployment."""
+        return self.log_group_arn(f"{LOGS}{self.deployment}-*")
+
+    def log_group_arn(self, name: str) -> str:
+        """Return the ARN of a log group."""
+        return self._arn("logs", f"log-group:{name}")
+
+    def _arn(self, service: str, rest: str) -> str:
+        where = self.where
+        return f"arn:{where.partition}:{service}:{where.region}:{where.account}:{rest}"
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be part of all the names.
+
+    Raises
+    ------
+    ConfigurationError
+    """
+    if not NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{name!r} cannot be the name of a deployment: use 2 to 29 lower-case letters, digits "
+            "and dashes, beginning with a letter and not ending with a dash"
+        )
+
+
+def role_name(deployment: str, region: str) -> str:
+    """Return the name of a deployment's execution role."""
+    return f"{deployment}-{region}"
+
+
+def bucket_name(deployment: str, where: Where) -> str:
+    """Return the name of a deployment's own bucket; bucket names are unique in the world."""
+    return f"{deployment}-{where.account}-{where.region}"
+
+
+def size_of(deployment: str, function: str) -> int | None:
+    """Return the memory size in a function's name, None if it is none of the deployment's."""
+    found = re.fullmatch(re.escape(deployment) + r"-(\d+)", function)
+    return int(found[1]) if found else None

@@ -1,0 +1,314 @@
+"""What is to exist in the account: a description, from what the user chose.  Pure.
+
+May import: artifact, naming, policies, config's limits, lifecycle, errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dask_lambda import lifecycle
+from dask_lambda.config import MAX_MEMORY, MAX_TIMEOUT, MIN_MEMORY
+from dask_lambda.deploy import policies
+from dask_lambda.deploy.artifact import Archive, Package
+from dask_lambda.deploy.layers import MAX_LAYERS
+from dask_lambda.deploy.naming import DEFAULT, TAG, Names, Where, bucket_name, check_name
+from dask_lambda.errors import ConfigurationError
+
+#: MB: one core, two, and as much as there is.  At 1,769 MB a function has one whole core (Lambda).
+LADDER = (1769, 3538, 10_240)
+#: MB of memory for each core (Lambda: "Configure Lambda function memory").
+MB_PER_CORE = 1769
+#: MB of ``/tmp`` (Lambda quotas).
+MIN_STORAGE, MAX_STORAGE = 512, 10_240
+#: What CloudWatch Logs takes as a number of days (its API: PutRetentionPolicy).
+RETENTIONS = (
+    *(1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922),
+    *(3288, 3653),
+)
+#: The name of the role's policy in the role.
+ROLE_POLICY = "dask-lambda"
+#: Of str.__hash__ in all workers, so that tasks which partition strings agree (as distributed has).
+HASH_SEED = "6640"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user chose.
+
+    Attributes
+    ----------
+    name : str
+        Of the deployment.
+    bucket : str, optional
+        A bucket of the user's own; default: one is made.
+    prefix : str
+        Of object names, behind the shard.
+    memory : tuple of int
+        MB; a function for each.
+    timeout : int
+        Seconds that an invocation may take.
+    storage : int
+        MB of ``/tmp``.
+    log_days : int
+        After which log lines are deleted.
+    expire_days : int
+        After which S3 deletes what killed programs have left; kept runs stay.
+    tags : mapping
+        More tags for everything.
+    boundary : str, optional
+        ARN of a permissions boundary for the role.
+    tracing, metrics : bool
+        X-Ray; metrics in CloudWatch.
+    """
+
+    name: str = DEFAULT
+    bucket: str | None = None
+    prefix: str = "dask-lambda"
+    memory: tuple[int, ...] = LADDER
+    timeout: int = MAX_TIMEOUT
+    storage: int = MIN_STORAGE
+    log_days: int = 14
+    expire_days: int = 7
+    tags: Mapping[str, str] = field(default_factory=dict)
+    boundary: str | None = None
+    tracing: bool = False
+    metrics: bool = False
+
+    def check(self) -> None:
+        """Refuse what AWS would refuse half-way.
+
+        Raises
+        ------
+        ConfigurationError
+        """
+        check_name(self.name)
+        if not self.memory:
+            raise ConfigurationError("there must be a function: give at least one memory size")
+        for memory in self.memory:
+            _check_range("memory", memory, MIN_MEMORY, MAX_MEMORY, "MB")
+        _check_range("timeout", self.timeout, 1, MAX_TIMEOUT, "seconds")
+        _check_range("storage", self.storage, MIN_STORAGE, MAX_STORAGE, "MB")
+        _check_range("expire-days", self.expire_days, 1, 36_500, "days")
+        if self.log_days not in RETENTIONS:
+            raise ConfigurationError(
+                f"log-days is {self.log_days}; CloudWatch takes one of "
+                + ", ".join(map(str, RETENTIONS))
+            )
+        if (
+            not self.prefix
+            or self.prefix.strip("/") != self.prefix
+            or set("*?$") & set(self.prefix)
+        ):
+            raise ConfigurationError(
+                f"prefix is {self.prefix!r}; it must be text without slashes at its ends, and "
+                "without *, ? and $"
+            )
+        for name in self.tags:
+            if not name or name.lower().startswith("aws:") or name.startswith("dask-lambda:"):
+                raise ConfigurationError(f"a tag cannot be called {name!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return them for a record."""
+        return {**asdict(self), "tags": dict(self.tags), "memory": list(self.memory)}
+
+
+@dataclass(frozen=True, slots=True)
+class BucketSpec:
+    """The bucket.  Of a user's own one only the lifecycle rules for our prefix are ours."""
+
+    name: str
+    is_ours: bool
+    prefix: str
+    expire_days: int
+    tags: Mapping[str, str]
+    policy: policies.Document | None
+
+    def rules(self) -> list[lifecycle.Rule]:
+        """Return our lifecycle rules."""
+        return lifecycle.rules(self.prefix, self.expire_days)
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSpec:
+    """The execution role."""
+
+    name: str
+    arn: str
+    trust: policies.Document
+    policy: policies.Document
+    boundary: str | None
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LogGroupSpec:
+    """A log group."""
+
+    name: str
+    days: int
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """A layer; its versions cannot be changed, and have no tags, so all is in the description."""
+
+    name: str
+    content: str
+    archive: Archive
+    runtime: str
+    architecture: str
+
+    @property
+    def description(self) -> str:
+        """By which a version of equal content is found."""
+        return layer_description(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionSpec:
+    """A function: what the code is, and all settings as Lambda names them."""
+
+    name: str
+    memory: int
+    code: Archive | None  #: None for an image
+    image: str | None
+    architecture: str
+    layers: tuple[str, ...]  #: their names; a version's ARN is known when it has been published
+    settings: Mapping[str, Any]
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """Everything that is to exist."""
+
+    options: Options
+    names: Names
+    package: Package
+    bucket: BucketSpec
+    role: RoleSpec
+    log_groups: tuple[LogGroupSpec, ...]
+    layers: tuple[LayerSpec, ...]
+    functions: tuple[FunctionSpec, ...]
+
+
+def names_of(options: Options, where: Where) -> Names:
+    """Return the names of a deployment."""
+    bucket = options.bucket or bucket_name(options.name, where)
+    sizes = tuple(sorted(set(options.memory)))
+    return Names(options.name, where, bucket, options.prefix, sizes)
+
+
+def blueprint(
+    options: Options, where: Where, package: Package, *, version: str, secure: bool = True
+) -> Blueprint:
+    """Describe what is to exist.
+
+    Parameters
+    ----------
+    options : Options
+    where : Where
+    package : Package
+    version : str
+        Of dask_lambda, for a tag.
+    secure : bool
+        Whether AWS is spoken to over TLS; then the bucket refuses everything else.
+
+    Raises
+    ------
+    ConfigurationError
+        If an option is out of range.
+    """
+    options.check()
+    if len(package.layers) > MAX_LAYERS:
+        raise ConfigurationError(
+            f"the package has {len(package.layers)} layers; a function takes {MAX_LAYERS}"
+        )
+    names = names_of(options, where)
+    tags = {**options.tags, TAG: options.name, "dask-lambda:version": version}
+    layers = tuple(
+        LayerSpec(
+            names.layer(layer.name),
+            layer.content,
+            layer.archive,
+            package.runtime,
+            package.architecture,
+        )
+        for layer in package.layers
+    )
+    functions = tuple(
+        FunctionSpec(
+            names.function(memory),
+            memory,
+            package.code,
+            package.image,
+            package.architecture,
+            tuple(layer.name for layer in layers),
+            _settings(options, names, package, memory),
+            tags,
+        )
+        for memory in names.sizes
+    )
+    return Blueprint(
+        options,
+        names,
+        package,
+        BucketSpec(
+            names.bucket,
+            options.bucket is None,
+            options.prefix,
+            options.expire_days,
+            tags,
+            policies.tls_only(names) if secure else None,
+        ),
+        RoleSpec(
+            names.role,
+            names.role_arn,
+            policies.trust(),
+            policies.execution(names, tracing=options.tracing),
+            options.boundary,
+            tags,
+        ),
+        tuple(LogGroupSpec(group, options.log_days, tags) for group in names.log_groups),
+        layers,
+        functions,
+    )
+
+
+def _settings(options: Options, names: Names, package: Package, memory: int) -> dict[str, Any]:
+    """Return what UpdateFunctionConfiguration takes, without the layers."""
+    threads = str(max(1, round(memory / MB_PER_CORE)))
+    variables = {
+        "PYTHONHASHSEED": HASH_SEED,
+        "OMP_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        **dict(package.variables),
+    }
+    if options.metrics:
+        variables["DASK_LAMBDA_METRICS"] = "1"
+    zipped = {} if package.image else {"Runtime": package.runtime, "Handler": package.handler}
+    return {
+        "Description": f"dask_lambda worker, environment {package.environment}"[:256],
+        **zipped,
+        "Role": names.role_arn,
+        "MemorySize": memory,
+        "Timeout": options.timeout,
+        "Environment": {"Variables": variables},
+        "EphemeralStorage": {"Size": options.storage},
+        "TracingConfig": {"Mode": "Active" if options.tracing else "PassThrough"},
+    }
+
+
+def layer_description(content: str) -> str:
+    """Return the description of a layer version with this content."""
+    return f"dask_lambda {content}"[:256]
+
+
+def _check_range(name: str, value: int, low: int, high: int, unit: str) -> None:
+    if not low <= value <= high:
+        raise ConfigurationError(f"{name} is {value:,}; it must be {low:,} to {high:,} ({unit})")

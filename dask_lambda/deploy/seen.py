@@ -1,0 +1,93 @@
+"""What there is in the account, of what a deployment is made of.  Pure.
+
+May import: naming, lifecycle's types, policies' types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask_lambda.deploy.naming import TAG
+from dask_lambda.deploy.policies import Document
+
+
+@dataclass(frozen=True, slots=True)
+class SeenBucket:
+    """A bucket of this account."""
+
+    name: str
+    region: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    versioning: str = ""  #: "", "Enabled" or "Suspended"
+    public_blocked: bool = False
+    encrypted: bool = False
+    policy: Document | None = None
+    lifecycle: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenRole:
+    """The execution role."""
+
+    name: str
+    trust: Document
+    policies: Mapping[str, Document]  #: that are in the role
+    attached: tuple[str, ...] = ()  #: ARNs of policies of their own
+    boundary: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenLogGroup:
+    """A log group with the name of a function of ours."""
+
+    name: str
+    days: int | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenLayer:
+    """A version of a layer of ours."""
+
+    name: str
+    version: int
+    arn: str
+    description: str
+    architectures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SeenFunction:
+    """A function with a name like ours, as GetFunction describes it."""
+
+    name: str
+    configuration: Mapping[str, Any]
+    image: str | None = None  #: its URI, if it is one
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """All of them."""
+
+    bucket: SeenBucket | None = None
+    role: SeenRole | None = None
+    log_groups: Mapping[str, SeenLogGroup] = field(default_factory=dict)
+    layers: tuple[SeenLayer, ...] = ()
+    functions: Mapping[str, SeenFunction] = field(default_factory=dict)
+
+    def has_any(self, deployment: str) -> bool:
+        """Whether anything of the deployment's own is there."""
+        tagged: list[Any] = [*self.functions.values(), *self.log_groups.values()]
+        tagged += [each for each in (self.bucket, self.role) if each is not None]
+        return bool(self.layers) or any(is_ours(each, deployment) for each in tagged)
+
+
+def is_ours(
+    found: SeenBucket | SeenRole | SeenLogGroup | SeenFunction | None, deployment: str
+) -> bool:
+    """Whether a deployment made it."""
+    return found is not None and found.tags.get(TAG) == deployment

@@ -1,0 +1,207 @@
+"""The commands that look at an account, in process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+from click.testing import CliRunner, Result
+
+from dask_lambda.cli import main
+from dask_lambda.deploy.aws import Account
+from dask_lambda.deploy.record import configuration_path
+from dask_lambda.local import LocalAWS
+from tests.deploy_helpers import inventory
+
+pytestmark = pytest.mark.local
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def _private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASK_LAMBDA_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr("dask.config.PATH", str(tmp_path / "dask"))
+
+
+@pytest.fixture
+def cli(aws: LocalAWS, credentials: dict[str, str]) -> Cli:
+    """Run a command where the credentials are the embedded AWS's."""
+    environment = {
+        **credentials,
+        "AWS_REGION": aws.region,
+        "AWS_ENDPOINT_URL": aws.endpoint_url,
+    }
+
+    def run(*arguments: str, code: int = 0, **more: Any) -> Result:
+        done = CliRunner().invoke(main, arguments, env=environment, **more)
+        assert done.exit_code == code, done.output
+        return done
+
+    return run
+
+
+@pytest.fixture
+def deployed(cli: Cli, aws: LocalAWS) -> Iterator[dict[str, Any]]:
+    """A deployment that Dask is configured for, as in a process that begins now."""
+    before = inventory(Account.of_local(aws))
+    cli("deploy", "--worker-only", "--memory", "1769", "--yes")
+    (written,) = dask.config.collect_yaml([str(configuration_path())])
+    with dask.config.set({f"dask-lambda.{k}": v for k, v in written["dask-lambda"].items()}):
+        yield written["dask-lambda"]
+    cli("destroy", "--yes", "--kept")
+    assert inventory(Account.of_local(aws)) == before
+
+
+# -- deploy ------------------------------------------------------------------------------------
+
+
+def test_the_dry_run_prints_calls_and_policies_and_changes_nothing(
+    cli: Cli, aws: LocalAWS, tmp_path: Path
+) -> None:
+    before = inventory(Account.of_local(aws))
+    shown = json.loads(cli("deploy", "--worker-only", "--dry-run", "--json").stdout)
+    operations = [c["operation"] for step in shown["steps"] for c in step["calls"]]
+    assert operations.count("CreateFunction") == 3
+    assert set(shown["policies"]) == {
+        "execution role",
+        "execution role's trust",
+        "whoever computes",
+        "whoever deploys",
+    }
+    assert inventory(Account.of_local(aws)) == before
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_whoever_says_no_gets_nothing(cli: Cli, aws: LocalAWS, tmp_path: Path) -> None:
+    before = inventory(Account.of_local(aws))
+    done = cli("deploy", "--worker-only", code=1, input="n\n")
+    assert "+ create role dask-lambda-us-east-1" in done.output
+    assert "--yes" in cli("deploy", "--worker-only", "--json", code=2).output
+    assert inventory(Account.of_local(aws)) == before
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_template_is_written_with_its_files(cli: Cli, tmp_path: Path) -> None:
+    target = tmp_path / "stack.json"
+    said = cli("deploy", "--worker-only", "--cloudformation", str(target)).output
+    template = json.loads(target.read_text())
+    functions = [r for r in template["Resources"].values() if r["Type"] == "AWS::Lambda::Function"]
+    for each in functions:
+        name = each["Properties"]["Code"]["S3Key"]["Fn::Sub"].removeprefix("${CodePrefix}")
+        assert (tmp_path / "stack-files" / name).read_bytes().startswith(b"PK")
+    assert "aws cloudformation deploy --region us-east-1" in said
+    assert "function: dask-lambda-1769" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--memory", "64"), 1, "128 to 10,240"),
+        (("--name", "A B"), 1, "cannot be the name"),
+        (("--tag", "novalue"), 2, "KEY=VALUE"),
+        (("--bucket", "not-there-at-all"), 1, "does not exist"),
+        (("--log-days", "8"), 1, "CloudWatch takes one of"),
+    ],
+)
+def test_bad_options_are_said(cli: Cli, arguments: tuple[str, ...], code: int, said: str) -> None:
+    done = cli("deploy", "--worker-only", "--yes", *arguments, code=code)
+    assert said in done.output
+
+
+def test_a_dry_run_can_be_read(cli: Cli) -> None:
+    shown = cli("deploy", "--worker-only", "--dry-run").output
+    assert "iam CreateRole   (needs iam:CreateRole)" in shown
+    assert "s3 PutPublicAccessBlock   (needs s3:PutBucketPublicAccessBlock)" in shown
+    assert "The policy for whoever computes:" in shown
+    assert "Nothing was changed." in shown
+
+
+@pytest.mark.parametrize("command", ["deploy", "status", "destroy"])
+def test_without_credentials_it_says_so(command: str) -> None:
+    done = CliRunner().invoke(main, [command, "--region", "eu-west-1"])
+    assert done.exit_code == 1
+    assert "log in, or set AWS_PROFILE" in done.output
+
+
+# -- looking -----------------------------------------------------------------------------------
+
+
+def test_status_says_what_somebody_changed(
+    cli: Cli, deployed: dict[str, Any], aws: LocalAWS
+) -> None:
+    assert "dask-lambda-1769" in cli("status").output
+    Account.of_local(aws).call(
+        "lambda", "UpdateFunctionConfiguration", FunctionName="dask-lambda-1769", Timeout=3
+    )
+    said = cli("status", code=4).output
+    assert "Timeout: 3, to be 900" in said
+    assert "dask-lambda deploy puts it in order" in said
+    (function,) = json.loads(cli("status", "--json", code=4).stdout)["functions"]
+    assert function["differences"] == ["Timeout: 3, to be 900"]
+
+
+def test_doctor_finds_what_is_in_the_way(
+    cli: Cli, deployed: dict[str, Any], aws: LocalAWS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def results() -> dict[str, tuple[str, str]]:
+        done = CliRunner().invoke(main, ["doctor", "--json"], env=environment)
+        checks = json.loads(done.stdout)["checks"]
+        failed = any(each["result"] == "failed" for each in checks)
+        assert done.exit_code == (1 if failed else 0)
+        return {each["name"]: (each["result"], each["said"]) for each in checks}
+
+    environment = {
+        "AWS_ACCESS_KEY_ID": aws.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": aws.secret_access_key,
+        "AWS_ENDPOINT_URL": aws.endpoint_url,
+    }
+    assert {result for result, _ in results().values()} == {"passed"}
+
+    monkeypatch.setattr("lambda_worker.protocol.versions", lambda: {"python": "2.7", "dask": "1.0"})
+    result, said = results()["versions in dask-lambda-1769"]
+    assert result == "failed"
+    assert "here 2.7" in said
+    monkeypatch.undo()
+
+    with dask.config.set({"dask-lambda.function": "gone", "dask-lambda.bucket": "gone-too"}):
+        found = results()
+        assert found["function gone"][0] == "failed"
+        assert found["bucket gone-too"] == ("failed", "it does not exist")
+
+    environment["AWS_ACCESS_KEY_ID"] = "AKIASTRANGER"
+    found = results()
+    assert found["credentials"][0] == "failed"
+    assert found["everything else"][0] == "skipped"
+
+    environment.clear()
+    assert results()["credentials"][0] == "failed"
+
+
+def test_doctor_says_when_nothing_is_deployed(cli: Cli) -> None:
+    done = cli("doctor")
+    assert "computations use the embedded AWS" in done.output
+    assert "-> dask-lambda deploy" in done.output
+
+
+def test_logs_need_something_that_logs(cli: Cli) -> None:
+    assert "dask-lambda deploy" in cli("logs", code=1).output
+    assert "is no time" in cli("logs", "--since", "yesterday", code=2).output
+
+
+def test_files_of_the_users_own_are_left_alone(cli: Cli, deployed: dict[str, Any]) -> None:
+    path = configuration_path()
+    assert oct(os.stat(path).st_mode & 0o777) == "0o600"
+    mine = path.with_name("dask-lambda.yaml")
+    mine.write_text("dask-lambda:\n  function: other\n")
+    cli("destroy", "--yes")
+    assert not path.exists()
+    assert mine.exists()
+    cli("deploy", "--worker-only", "--memory", "1769", "--yes")
+    settings = dask.config.collect([str(path.parent)], env={})
+    assert settings["dask-lambda"]["function"] == "other"
