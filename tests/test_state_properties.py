@@ -158,6 +158,8 @@ RUNGS = 2
 SLOTS, MEMORY = 2, 2
 #: Failures of an invocation of which one of several groups may be the reason.
 GUILTY = {FailureKind.MEMORY, FailureKind.TIMEOUT, FailureKind.DEATH}
+#: Failures that no other invocation can make good.
+FINAL = {FailureKind.FATAL, FailureKind.UNSENDABLE}
 REFUSED = {FailureKind.THROTTLED, FailureKind.RATE_LIMITED}
 
 
@@ -358,7 +360,7 @@ class Play:
 
     def fail(self, run: Model, it: Group, outcome: Failure, whole: bool) -> None:
         kind = outcome.kind
-        if run.flying[it] and kind is not FailureKind.FATAL:
+        if run.flying[it] and kind not in FINAL:
             return  # the other invocation may do it
         if kind in REFUSED:
             run.lost[it] += 1
