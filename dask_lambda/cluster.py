@@ -180,8 +180,8 @@ class LambdaCluster(SpecCluster):
         self._keep_report()
         if (worker := self.workers.pop(NAME, None)) is not None:
             await worker.close()
-        if self.status == Status.running:
-            await self._correct_state()
+        if self.status == Status.running and self.scheduler.status == Status.running:
+            await self._correct_state()  # which waits for the scheduler, however long
 
     async def _wait_for_workers(self, n_workers: int = 0, timeout: Any = None) -> None:
         """Wait for the one worker there is: Lambda starts environments when they are needed."""
