@@ -172,7 +172,7 @@ def deploy(aws: LocalAWS) -> Iterator[Callable[..., str]]:
     made: list[str] = []
 
     def deploy(*arguments: Any, **named: Any) -> str:
-        made.append(deploy_function(aws, f"{aws.function}-{len(made)}", *arguments, **named))
+        made.append(deploy_function(aws, f"another-{len(made)}", *arguments, **named))
         return made[-1]
 
     yield deploy

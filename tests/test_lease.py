@@ -56,10 +56,12 @@ def logged(aws: LocalAWS, run: str) -> list[dict[str, Any]]:
     """What the function has logged of a run's invocations."""
     logs = aws.client("logs")
     try:
-        events = logs.filter_log_events(logGroupName=f"/aws/lambda/{aws.function}")
+        pages = logs.get_paginator("filter_log_events").paginate(
+            logGroupName=f"/aws/lambda/{aws.function}", filterPattern=f'"{run}"'
+        )
+        lines = [event["message"].strip() for page in pages for event in page["events"]]
     except logs.exceptions.ResourceNotFoundException:  # it has logged nothing at all
         return []
-    lines = [event["message"].strip() for event in events["events"]]
     records = [json.loads(line) for line in lines if line.startswith("{")]
     return [record for record in records if record.get("run") == run]
 

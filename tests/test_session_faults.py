@@ -78,10 +78,12 @@ def test_every_call_ends_once_and_rightly_when_30_percent_of_invocations_fail(
     proxy: Proxy, call: Calls
 ) -> None:
     proxy.decide = faults = Faults(3, INTENSITIES["30 % of invocations fail"])
-    chains = [call(inc, number) for number in range(12)]
-    for _ in range(2):
-        chains = [call(inc, stored) for stored, _ in chains]
-    assert [value(each) for each in chains] == [number + 3 for number in range(12)]
+    chain = call(inc, 0)  # one after the other, so that each is an invocation
+    for _ in range(15):
+        chain = call(inc, chain[0])
+    rest = [call(inc, number) for number in range(12)]
+    assert value(chain) == 16
+    assert [value(each) for each in rest] == [number + 1 for number in range(12)]
     assert faults.injected.total() > 3
 
 
