@@ -391,10 +391,12 @@ def test_a_client_with_its_own_cluster_works_with_await(aws: Any) -> None:
 
 def test_a_cluster_whose_scheduler_has_ended_ends(aws: Any, bucket_names: Names) -> None:
     async def use() -> None:
-        async with LambdaCluster(asynchronous=True, dashboard_address=None) as cluster:
-            async with Client(cluster, asynchronous=True) as client:
-                await client.submit(ones, BIG)
-                await cluster.scheduler.close()
+        async with (
+            LambdaCluster(asynchronous=True, dashboard_address=None) as cluster,
+            Client(cluster, asynchronous=True) as client,
+        ):
+            await client.submit(ones, BIG)
+            await cluster.scheduler.close()
 
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):  # to what is not there
         asyncio.run(asyncio.wait_for(use(), 60))
