@@ -7,6 +7,7 @@ standalone, local_shared, boto3.  The engine does not know which of the two it t
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -190,6 +191,20 @@ def _served(concurrency: int, window: int) -> int:
             window,
         )
     return min(window, concurrency)
+
+
+def region_of(settings: Settings) -> str | None:
+    """Return where the function is, without connecting; None if no region is configured."""
+    if settings.region is not None:
+        return settings.region
+    import botocore.session
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        found: str | None = botocore.session.get_session().get_config_variable("region")
+    except BotoCoreError:  # a profile that does not exist: a run will say so
+        return None
+    return region_of_environment() or found
 
 
 def _affordable(window: int) -> int:

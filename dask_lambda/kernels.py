@@ -207,6 +207,11 @@ class Catalogue:
         return found
 
 
+def held(task: GraphNode) -> Iterator[Any]:
+    """Yield the arrays that a task holds itself, such as a chunk of ``from_array``."""
+    return (part for part in _parts(task) if not isinstance(part, Family))
+
+
 def size_of(value: Any) -> int:
     """Return about how many bytes a literal has, without looking into large ones."""
     size = getattr(value, "nbytes", None)
