@@ -11,9 +11,10 @@ ends of what they may.  How far these are apart depends on what is known of each
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from html import escape
 from typing import Any
@@ -24,19 +25,27 @@ from dask_lambda import kernels
 from dask_lambda.aws_model import AwsModel
 from dask_lambda.cost import Prices
 from dask_lambda.estimates import Basis, Estimates
+from dask_lambda.graph import Graph
 from dask_lambda.plan import Plan
-from dask_lambda.simulate import simulate
+from dask_lambda.simulate import Invocation, simulate
 from dask_lambda.splitting import split
+from lambda_worker.lease import AFTER, EVERY
 from lambda_worker.protocol import Key
 
-#: The seconds of a task may be so many times less, or more, than expected.  Assumed, but for
-#: "guessed": in benchmarks/estimates.py the formulas are off by up to 4.
-SPREAD: dict[Basis, float] = {"said": 1.25, "measured": 1.5, "guessed": 5.0, "unknown": 100.0}
+#: The seconds of a task may be so many times less, or more, than expected (assumed, and compared
+#: with runs by benchmarks/estimates.py).  Where what was measured and what is guessed are further
+#: apart than a guess may be wrong, as with blocks of another size, the range holds both.
+SPREAD: dict[Basis, float] = {"said": 1.25, "measured": 3.0, "guessed": 5.0, "unknown": 100.0}
 #: The result of a task of which nothing is known may be so large; it then goes through S3.
 LARGE_BYTES = 2**20
 #: Buffers inside tasks (chunks of ``from_array``) from this size on are objects of their own, as
 #: dask_lambda.encode has it.
 MIN_UPLOAD_BYTES = 256 * 1024
+#: Which environment gets which invocation is chance, and with it whether it has an input already: so
+#: much less, or more, may be read.
+READING_SPREAD = 1.1
+#: A run of which an invocation takes so many seconds has a lease (dask_lambda.lease): one PUT.
+LEASE_SECONDS = 1.0
 
 #: For people.
 BASES: dict[Basis, str] = {
@@ -59,6 +68,10 @@ class Range:
     def of(cls, low: float, expected: float, high: float) -> Range:
         """Return the range of three figures, whichever is the largest."""
         return cls(min(low, expected, high), expected, max(low, expected, high))
+
+    def wider(self, factor: float) -> Range:
+        """Return the range of a count that may be so many times less, or more."""
+        return Range(math.floor(self.low / factor), self.expected, math.ceil(self.high * factor))
 
 
 @dataclass(frozen=True)
@@ -174,8 +187,10 @@ def _most(counts: Mapping[str, int], limit: int = 10) -> list[tuple[str, int]]:
 def forecast(
     plan: Plan,
     basis: Mapping[Key, Basis],
+    guessed: Estimates,
     expected: Callable[[Mapping[Key, int]], Estimates],
     aws: AwsModel,
+    busy: AwsModel,
     prices: Prices,
     *,
     where: str,
@@ -192,10 +207,14 @@ def forecast(
     plan : Plan
     basis : mapping
         What is known of the seconds of each task of its graph.
+    guessed : Estimates
+        From the functions alone.
     expected : callable
         Returns what is expected of the graph, given the sizes of results of which nothing is known.
     aws : AwsModel
         Of the function, with the prices of its processor.
+    busy : AwsModel
+        The same on a bad day, for the upper end.
     prices : Prices
     where : {"aws", "local"}
     window : int
@@ -210,13 +229,17 @@ def forecast(
     """
     usual = expected({})
     supposed = dict.fromkeys((key for key in plan.graph.tasks if key in usual.unknown), LARGE_BYTES)
+    least = replace(usual, nbytes=_shrunk(plan.graph, usual.nbytes, basis))
+    most = expected(supposed)
+    odd = _odd(usual, guessed, basis)
     scenarios = (
-        (_stretched(usual, basis, -1, timeout), aws.without_chance(), window),
+        (_end(least, guessed, basis, odd, min, timeout), aws.without_chance(), window),
         (usual, aws, window if where == "local" else 0),
-        (_stretched(expected(supposed), basis, +1, timeout), aws, 0),
+        (_end(most, guessed, basis, odd, max, timeout), busy, 0),
     )
     smaller = partial(split, plan.graph, plan.repeated) if plan.mode != "none" else None
-    reports = []
+    buffers = _held(plan)
+    reports, others = [], []
     for truth, model, warm in scenarios:
         simulation = simulate(
             plan,
@@ -229,13 +252,17 @@ def forecast(
             speculate=speculate,
         )
         reports.append(simulation.report)
-    held = _held(plan)
+        others.append(_lease(simulation.timeline, buffers))
+    if guessed.unknown:  # the user's own functions may need the user's own modules: one archive
+        others[-1].s3_puts += 1
+        others[-1].s3_gets += reports[-1].invocations
+    both = list(zip(reports, others, strict=True))
     counts: dict[str, Range] = {}
     for name in COUNTED:
-        figures = [getattr(report, name) + getattr(held, name, 0) for report in reports]
-        counts[name] = Range.of(*figures)
-    extra = prices.cost(invocations=0, gb_seconds=0, puts=held.s3_puts, gets=held.s3_gets)
-    counts["cost_usd"] = Range.of(*(report.cost_usd + extra for report in reports))
+        counts[name] = Range.of(*(getattr(r, name) + getattr(o, name, 0) for r, o in both))
+    for name in ("s3_gets", "bytes_read"):
+        counts[name] = counts[name].wider(READING_SPREAD)
+    counts["cost_usd"] = Range.of(*(r.cost_usd + o.usd(prices) for r, o in both))
     run = [key for group in plan.groups for key in group.tasks]
     known = Counter(basis.get(key, "guessed") for key in run)
     unknown = Counter(key_split(key) for key in run if basis.get(key) == "unknown")
@@ -258,29 +285,82 @@ COUNTED = (
 )
 
 
-def _stretched(
-    usual: Estimates, basis: Mapping[Key, Basis], direction: int, timeout: float
+def _odd(usual: Estimates, guessed: Estimates, basis: Mapping[Key, Basis]) -> set[Key]:
+    """Return the tasks of known functions that took much more, or less, than is guessed."""
+    most = SPREAD["guessed"]
+    return {
+        key
+        for key, seconds in usual.seconds.items()
+        if basis.get(key) == "measured"
+        and key not in guessed.unknown
+        and not seconds / most <= guessed.seconds[key] <= seconds * most
+    }
+
+
+def _end(
+    usual: Estimates,
+    guessed: Estimates,
+    basis: Mapping[Key, Basis],
+    odd: set[Key],
+    end: Callable[[float, float], float],
+    timeout: float,
 ) -> Estimates:
-    """Return one end of what tasks may take: none more than an invocation may, unless said."""
-    seconds = {}
+    """Return one end of what tasks may take and return.
+
+    No task takes more than an invocation may, unless it is expected to.
+    """
+    direction = end(-1, 1)
+    seconds, nbytes = {}, dict(usual.nbytes)
     for key, each in usual.seconds.items():
         longer = each * SPREAD[basis.get(key, "guessed")] ** direction
+        if key in odd:
+            longer = end(longer, guessed.seconds[key] * SPREAD["guessed"] ** direction)
+            nbytes[key] = int(end(nbytes[key], guessed.nbytes[key]))
         seconds[key] = longer if each > timeout else min(longer, timeout)
-    return Estimates(seconds, usual.nbytes, usual.unknown)
+    return Estimates(seconds, nbytes, usual.unknown)
+
+
+def _shrunk(
+    graph: Graph, nbytes: Mapping[Key, int], basis: Mapping[Key, Basis]
+) -> Mapping[Key, int]:
+    """Return the sizes with those of reductions smaller: what is left may be a number."""
+    catalogue = kernels.Catalogue()
+    return {
+        key: size // kernels.REDUCED
+        if basis.get(key) == "guessed"
+        and kernels.Family.REDUCE in catalogue.kernel(key, graph.tasks[key]).families
+        else size
+        for key, size in nbytes.items()
+    }
 
 
 @dataclass(slots=True)
-class _Held:
-    """Requests for buffers inside tasks, which the simulator leaves out."""
+class _Others:
+    """Requests that the simulator leaves out: for buffers inside tasks, and for the lease."""
 
     s3_puts: int = 0
     s3_gets: int = 0
     bytes_written: int = 0
     bytes_read: int = 0
 
+    def usd(self, prices: Prices) -> float:
+        """Return what they cost, in US dollars."""
+        return prices.cost(invocations=0, gb_seconds=0, puts=self.s3_puts, gets=self.s3_gets)
 
-def _held(plan: Plan) -> _Held:
-    held, seen = _Held(), set()
+
+def _lease(timeline: Sequence[Invocation], buffers: _Others) -> _Others:
+    """Add what it takes to know whether the run goes on (:mod:`lambda_worker.lease`)."""
+    found = replace(buffers)
+    found.s3_puts += any(each.end - each.start + each.cold > LEASE_SECONDS for each in timeline)
+    for each in timeline:
+        looks = max(0.0, each.cold + each.end - each.start - AFTER + EVERY) // EVERY
+        between = sum(len(group.tasks) for group in each.groups) - 1
+        found.s3_gets += min(int(looks), between)
+    return found
+
+
+def _held(plan: Plan) -> _Others:
+    held, seen = _Others(), set()
     catalogue = kernels.Catalogue()
     tasks = plan.graph.tasks
     for group in plan.groups:

@@ -318,7 +318,9 @@ def _sizes(part: Any) -> Iterator[int]:
             yield from _sizes(list(part.args[3:]))
             return
         function: Any = part.func
+        yield from _sizes(part.kwargs.get("shape"))
         while _is_partial(function):
+            yield from _sizes(function.keywords.get("shape"))
             function = function.func
         name = getattr(function, "__name__", "")
         if name == "arange" and len(part.args) > 3 and isinstance(part.args[3], int):

@@ -115,6 +115,17 @@ class Planner:
             default_seconds=self._settings.default_task_seconds,
         )
 
+    def guessed(self, graph: Graph, unknown_bytes: Mapping[Key, int] | None = None) -> Estimates:
+        """Return what the functions alone say of the tasks of a plan's graph.
+
+        Parameters
+        ----------
+        graph : Graph
+        unknown_bytes : mapping, optional
+            Results of tasks of which nothing is known.
+        """
+        return guess(graph, topological(graph, set()), self._model.speed, unknown_bytes)
+
     def expected(self, graph: Graph, unknown_bytes: Mapping[Key, int] | None = None) -> Estimates:
         """Return what is expected of the tasks of a plan's graph.
 
@@ -124,8 +135,7 @@ class Planner:
         unknown_bytes : mapping, optional
             Results of tasks of which nothing is known.
         """
-        guessed = guess(graph, topological(graph, set()), self._model.speed, unknown_bytes)
-        return self._corrected(guessed, graph)
+        return self._corrected(self.guessed(graph, unknown_bytes), graph)
 
     def basis(self, graph: Graph) -> dict[Key, Basis]:
         """Say where the expected seconds of each task of a plan's graph come from."""
