@@ -41,8 +41,8 @@ LARGE_BYTES = 2**20
 #: Buffers inside tasks (chunks of ``from_array``) from this size on are objects of their own, as
 #: dask_lambda.encode has it.
 MIN_UPLOAD_BYTES = 256 * 1024
-#: Which environment gets which invocation is chance, and with it whether it has an input already: so
-#: much less, or more, may be read.
+#: Which environment gets which invocation is chance, and with it whether it has an input already:
+#: so much less, or more, may be read.
 READING_SPREAD = 1.1
 #: A run of which an invocation takes so many seconds has a lease (dask_lambda.lease): one PUT.
 LEASE_SECONDS = 1.0
