@@ -353,6 +353,15 @@ class LambdaScheduler:
             If a setting, or an annotation of a task, is no good.
         """
         settings = self._settings(kwargs)
+        engine = self._engines.get(_connection(settings))
+        same = on is None or (on == "local") == settings.is_local
+        if engine is not None and same:  # which may know the function better
+            usual = engine.backend.invokers[0]
+            settings = replace(
+                settings,
+                memory=usual.memory_mb or settings.memory,
+                architecture=settings.architecture or usual.architecture,
+            )
         return estimate_run(collections, settings, optimize_graph, persist=persist, on=on)
 
     def warm(self, count: int) -> WarmReport:
@@ -634,21 +643,7 @@ class LambdaScheduler:
 
     def _engine(self, settings: Settings) -> Engine:
         """Return the engine for the connection that the settings describe."""
-        connection = (
-            settings.is_local,
-            settings.function,
-            settings.bucket,
-            settings.prefix,
-            settings.region,
-            settings.endpoint_url,
-            settings.concurrency,
-            settings.memory,
-            settings.timeout,
-            tuple(sorted(settings.larger_functions.items())),
-            tuple(sorted(settings.prices.items())),
-            settings.architecture,
-            executor if isinstance(executor := settings.local_executor, str) else id(executor),
-        )
+        connection = _connection(settings)
         claim_process()
         with self._lock:
             engine = self._engines.get(connection)
@@ -671,6 +666,25 @@ class LambdaScheduler:
             atexit.register(engine.close_at_exit)
             signals.hold()
             return engine
+
+
+def _connection(settings: Settings) -> tuple[Any, ...]:
+    """Return the settings for which there is one engine."""
+    return (
+        settings.is_local,
+        settings.function,
+        settings.bucket,
+        settings.prefix,
+        settings.region,
+        settings.endpoint_url,
+        settings.concurrency,
+        settings.memory,
+        settings.timeout,
+        tuple(sorted(settings.larger_functions.items())),
+        tuple(sorted(settings.prices.items())),
+        settings.architecture,
+        executor if isinstance(executor := settings.local_executor, str) else id(executor),
+    )
 
 
 def _has_ended(place: Place) -> bool:
