@@ -85,7 +85,8 @@ def main() -> None:
         for _ in range(2):
             factor = da.linalg.cholesky(matrix(8, 50), lower=True)
             dask.compute(factor, scheduler=scheduler, plan="none")
-        columns = ("graph", "run", *COUNTS, "GB-s", "seconds in tasks", "seconds", "USD / 1,000")
+        columns = ("graph", "run", "invocations", "PUTs", "GETs", "GB-s", "seconds in tasks")
+        columns += ("seconds", "USD for 1,000 such runs")
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for case in CASES:
             for number in ("first", "second"):

@@ -7,7 +7,7 @@ import platform
 import dask
 import pytest
 
-from dask_lambda import errors
+from dask_lambda import LambdaExecutor, errors
 from dask_lambda.prices import prices_for
 from dask_lambda.warming import hold_seconds
 from lambda_worker import protocol
@@ -81,6 +81,26 @@ def test_the_price_is_that_of_the_region_and_of_the_processor_that_is_set(connec
     dask.compute(*tasks, scheduler=connect(prices={"lambda-request": 1.0}), plan="none")
     assert report().cost_usd > 4
     assert "given by you: lambda_request" in report().prices
+
+
+FREE = {"lambda-request": 0, "lambda-gb-second": 0, "s3-put": 0, "s3-get": 0}
+
+
+@pytest.mark.parametrize(("architecture", "paid"), [("x86_64", False), ("arm64", True)])
+def test_the_report_of_a_call_has_the_price_of_its_processor(architecture, paid) -> None:
+    with LambdaExecutor(backend="local", architecture=architecture, prices=FREE) as executor:
+        future = executor.submit(abs, -1)
+        assert future.result() == 1
+        assert future.report is not None
+        assert (future.report.cost_usd > 0) == paid
+
+
+def test_a_budget_reckons_with_the_prices_that_are_set(connect) -> None:
+    tasks = [dask.delayed(abs)(i) for i in range(30)]
+    scheduler = connect(prices={"lambda-request": 1.0})
+    with pytest.raises(errors.BudgetExceededError):
+        dask.compute(*tasks, scheduler=scheduler, plan="none", max_cost_usd=5.0)
+    assert 0 < report().invocations < 30
 
 
 def test_a_function_says_its_processor_and_is_priced_by_it(connect) -> None:
