@@ -7,7 +7,6 @@ standalone, local_shared, boto3.  The engine does not know which of the two it t
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -523,7 +523,7 @@ def serve(event: Any, context: Any, environment: Environment) -> dict[str, Any]:
         time.sleep(hold)
         reply["groups"] = []
         reply["milliseconds"] = (time.perf_counter() - started) * 1e3
-        _log(event, context, reply, environment)
+        environment.log(log_lines.line(event, context, reply))
         return reply
     invocation: Invocation | None = None
     hits = environment.cache.hits

@@ -1,14 +1,12 @@
-"""``dask-lambda cost``: what kept runs have cost, and cost.
-
-May import: click; everything else inside the command, so that ``--help`` is immediate.
-"""
+"""``dask-lambda cost``: what kept runs cost.  May import: click, common; everything else late."""
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from dask_lambda.cli.common import as_json, print_json, size
 
 if TYPE_CHECKING:
     from dask_lambda.kept_runs import KeptRun
@@ -19,7 +17,7 @@ COLUMNS = ("name", "status", "runs", "invocations", "GB-s", "USD", "stored", "US
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--no-storage", is_flag=True, help="Do not ask S3 how much is stored.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@as_json
 def cost(names: tuple[str, ...], no_storage: bool, as_json: bool) -> None:
     """Say what kept runs and saved collections have cost, and what storing them costs.
 
@@ -42,7 +40,7 @@ def cost(names: tuple[str, ...], no_storage: bool, as_json: bool) -> None:
         found.append(_describe(record, storage=not no_storage))
     total = {field: _sum(each[field] for each in found) for field in SUMMED}
     if as_json:
-        click.echo(json.dumps({"runs": found, "total": total}, indent=1))
+        print_json({"runs": found, "total": total})
         return
     if not found:
         click.echo("no runs are kept")
@@ -131,12 +129,10 @@ def _paired(row: tuple[str, ...], widths: list[int]) -> Any:
 
 
 def _row(each: dict[str, Any]) -> tuple[str, ...]:
-    from dask.utils import format_bytes
-
     def text(field: str, form: str) -> str:
         return "?" if each[field] is None else form.format(each[field])
 
-    stored = "?" if each["bytes"] is None else format_bytes(each["bytes"])
+    stored = "?" if each["bytes"] is None else size(each["bytes"])
     return (
         each["name"],
         each["status"],
