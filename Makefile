@@ -93,6 +93,7 @@ bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.resume
 	@$(BIN)/python -m benchmarks.faults
 	@$(BIN)/python -m benchmarks.aws_model --small
+	@$(BIN)/python -m benchmarks.estimates
 	@$(MAKE) --no-print-directory bench-peers
 
 # The systems that dask_lambda is measured next to live in environments of their own.

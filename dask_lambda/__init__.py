@@ -18,22 +18,25 @@ from dask.base import named_schedulers
 from dask_lambda.config import load_defaults
 from dask_lambda.distant import DistantFuture
 from dask_lambda.executor import LambdaExecutor
+from dask_lambda.forecast import Estimate
 from dask_lambda.futures import LambdaFuture
 from dask_lambda.report import RunReport
 from dask_lambda.saved import load, save
-from dask_lambda.scheduler import LambdaScheduler, last_report
+from dask_lambda.scheduler import LambdaScheduler, estimate, last_report
 
 if TYPE_CHECKING:
     from dask_lambda.cluster import LambdaClient, LambdaCluster
 
 __all__ = [
     "DistantFuture",
+    "Estimate",
     "LambdaClient",
     "LambdaCluster",
     "LambdaExecutor",
     "LambdaFuture",
     "LambdaScheduler",
     "RunReport",
+    "estimate",
     "lambda_get",
     "last_report",
     "load",

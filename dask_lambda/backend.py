@@ -192,6 +192,20 @@ def _served(concurrency: int, window: int) -> int:
     return min(window, concurrency)
 
 
+def region_of(settings: Settings) -> str | None:
+    """Return where the function is, without connecting; None if no region is configured."""
+    if settings.region is not None:
+        return settings.region
+    import botocore.session
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        found: str | None = botocore.session.get_session().get_config_variable("region")
+    except BotoCoreError:  # a profile that does not exist: a run will say so
+        return None
+    return region_of_environment() or found
+
+
 def _affordable(window: int) -> int:
     """Make room for a connection for each invocation in flight, or lower the window."""
     try:

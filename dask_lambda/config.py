@@ -1,4 +1,4 @@
-"""Settings: defaults, Dask's configuration, keywords.  May import: dask.config, errors.
+"""Settings: defaults, Dask's configuration, keywords.  May import: dask.config, cost, errors.
 
 Later wins: ``dask_lambda.yaml``, the user's Dask configuration (files, ``DASK_DASK_LAMBDA__...``
 variables, ``dask.config.set``) under ``dask-lambda:``, and keywords of the classes, in which a
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import dask.config
 import yaml
 
+from dask_lambda.cost import ARCHITECTURES, PRICED, Architecture
 from dask_lambda.errors import ConfigurationError
 
 #: Lambda quotas.
@@ -53,6 +54,8 @@ class Settings:
     patience: float
     max_cost_usd: float | None
     max_seconds: float | None
+    prices: dict[str, float]
+    architecture: Architecture | None
     larger_functions: dict[int, str]
     default_task_seconds: dict[str, float]
     modules: dict[str, list[str]]
@@ -77,6 +80,7 @@ class Settings:
         for name in NONE_IS_A_WORD:
             values[name] = "none" if values[name] is None else values[name]
         values["larger_functions"] = _by_size(values["larger_functions"])
+        values["prices"] = _underscored(values["prices"])
         values["modules"] = _lists(values["modules"])
         settings = cls(**values)
         settings._validate()
@@ -117,6 +121,20 @@ class Settings:
         for name in ("max_cost_usd", "max_seconds"):
             value = getattr(self, name)
             _check(name, value, "a number above 0", lambda v: v is None or (_seconds(v) and v))
+        _check(
+            "prices",
+            self.prices,
+            f"a mapping of {', '.join(name.replace('_', '-') for name in PRICED)} to US dollars",
+            lambda v: (
+                isinstance(v, dict) and set(v) <= set(PRICED) and all(map(_price, v.values()))
+            ),
+        )
+        _check(
+            "architecture",
+            self.architecture,
+            f"one of {', '.join(map(repr, ARCHITECTURES))}, or null",
+            lambda v: v is None or v in ARCHITECTURES,
+        )
         _check(
             "larger_functions",
             self.larger_functions,
@@ -203,6 +221,16 @@ def _by_size(functions: Any) -> Any:
     }
 
 
+def _underscored(prices: Any) -> Any:
+    """Have names with dashes mean those with underscores; none is none."""
+    if not isinstance(prices, dict | None):
+        return prices
+    return {
+        name.replace("-", "_") if isinstance(name, str) else name: price
+        for name, price in (prices or {}).items()
+    }
+
+
 def _lists(modules: Any) -> Any:
     """Complete what travels: one name is as good as a list of it, and none is none."""
     if not isinstance(modules, dict | None):
@@ -233,6 +261,10 @@ def _int(value: Any, low: int, high: int | None = None) -> bool:
 
 def _seconds(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _price(value: Any) -> bool:
+    return _seconds(value) and value < float("inf")
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

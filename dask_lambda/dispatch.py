@@ -1,7 +1,7 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: loop_thread, sending, objects, stored, run, kept_folder, kept_runs, reuse, state, plan,
-graph, encode, local_modules, failures, the ground.
+May import: loop_thread, sending, warming, objects, stored, run, kept_folder, kept_runs, reuse,
+state, plan, graph, encode, local_modules, failures, the ground.
 
 An :class:`Engine` is one loop in one background thread (:mod:`dask_lambda.loop_thread`).  All runs
 of a scheduler share it, with its connection pool and its window.  The state machine and everything
@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from dask_lambda import errors, failures
 from dask_lambda.config import MAX_MEMORY
-from dask_lambda.cost import Prices
+from dask_lambda.cost import Architecture, Prices
 from dask_lambda.encode import Encoder
 from dask_lambda.events import (
     PATIENCE,
@@ -71,6 +71,7 @@ from dask_lambda.sending import Backend, Sender
 from dask_lambda.splitting import split
 from dask_lambda.state import State
 from dask_lambda.stored import tell_whose
+from dask_lambda.warming import WarmReport, warm
 from lambda_worker import protocol
 from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
@@ -117,9 +118,17 @@ class Engine(LoopThread):
     Parameters
     ----------
     backend : Backend
+    prices : Prices, optional
+    architecture : {"x86_64", "arm64"}, optional
+        Of the functions; default: what they say themselves.
     """
 
-    def __init__(self, backend: Backend):
+    def __init__(
+        self,
+        backend: Backend,
+        prices: Prices | None = None,
+        architecture: Architecture | None = None,
+    ):
         super().__init__()
         self.backend = backend
         self.place = Place(
@@ -130,13 +139,19 @@ class Engine(LoopThread):
             room = {"slots": local.slots, "memory": (local.memory_mb or math.inf) * 2**20}
         rungs = len(backend.invokers)
         self.state = State(backend.window, seed=tokens.randbits(32), rungs=rungs, **room)
-        self.prices = Prices()
+        self.prices = prices or Prices()
+        self._architecture = architecture
         self._runs: dict[str, Run] = {}
         self._modules: set[str] = set()  # local ones that runs have needed
         self._fetching = asyncio.Semaphore(FETCHES)
         self._store = Store(backend.bucket)
-        self._sender = Sender(backend, self.prices)
+        self._sender = Sender(backend, self.prices, architecture)
         self._objects = Objects(self._store, self.place, self._spawn, self.load, backend.refresh)
+
+    @property
+    def usual_prices(self) -> Prices:
+        """Its prices where every GB-second is one of the usual function's processor."""
+        return self.prices.on(self._sender.architecture(self.backend.invokers[0]))
 
     # -- called from any thread ------------------------------------------------------------------
 
@@ -312,6 +327,34 @@ class Engine(LoopThread):
             "name": name,
             "secret": secret,
         }
+
+    def warm(self, count: int, memory_mb: int) -> WarmReport:
+        """Start environments of the usual function.
+
+        Parameters
+        ----------
+        count : int
+        memory_mb : int
+            Of the function, as far as is known before it says so itself.
+
+        Raises
+        ------
+        ConfigurationError
+            If the count is no number from 1 to the window.
+        DaskLambdaError
+            If the function cannot be invoked.
+        """
+        window = self.backend.window
+        if not 1 <= count <= window:
+            raise errors.ConfigurationError(
+                f"warm({count!r}): it must be a number from 1 to {window:,}, as many invocations "
+                "as may be in flight (dask-lambda.concurrency)"
+            )
+        invoker = self.backend.invokers[0]
+        report: WarmReport = self._ask(
+            warm(invoker, count, memory_mb, self.prices, self._architecture)
+        )
+        return report
 
     def fetch(self, run: Run, value: Value) -> Future[Sealed]:
         """Begin to fetch an output of a run that goes on.
@@ -497,11 +540,8 @@ class Engine(LoopThread):
         return Budget(
             math.inf if run.max_cost_usd is None else run.max_cost_usd,
             math.inf if run.max_seconds is None else run.started + run.max_seconds,
-            tuple(self._usd_second(i.memory_mb or run.memory_mb) for i in self.backend.invokers),
+            tuple(self._sender.usd_second(i, run.memory_mb) for i in self.backend.invokers),
         )
-
-    def _usd_second(self, memory_mb: int) -> float:
-        return memory_mb / 1024 * self.prices.lambda_gb_second
 
     def _open_run(self, run: Run) -> None:
         self._runs[run.name] = run
@@ -611,9 +651,9 @@ class Engine(LoopThread):
             outcomes = [next(left) if it in wanted else UNWANTED for it in groups]
         usd, run.spent = run.spent, run.unbilled + run.counts.usd(run.store.counts, self.prices)
         usd = run.spent - usd
-        memory_mb = self._sender.invoker(instruction).memory_mb
-        known = memory_mb is not None and not instruction.local
-        price = self._usd_second(memory_mb) if known else None
+        invoker = self._sender.invoker(instruction)
+        known = invoker.memory_mb is not None and not instruction.local
+        price = self._sender.usd_second(invoker, run.memory_mb) if known else None
         self.handle(
             InvocationEnded(instruction.invocation, tuple(outcomes), as_a_whole, usd, price)
         )

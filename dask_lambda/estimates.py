@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dask.utils import key_split
 
@@ -25,6 +25,10 @@ from lambda_worker.protocol import Key
 UNKNOWN_SECONDS = 0.5
 #: Its result: small enough to travel inline.
 UNKNOWN_BYTES = 8 * 1024
+
+#: What is known of how long a task takes: the user says so, it was measured earlier in this
+#: process, it follows from the function and the sizes of its blocks, or nothing.
+Basis = Literal["said", "measured", "guessed", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,12 @@ class Estimates:
     unknown: frozenset[Key] = frozenset()
 
 
-def guess(graph: Graph, order: Iterable[Key], speed: kernels.Speed) -> Estimates:
+def guess(
+    graph: Graph,
+    order: Iterable[Key],
+    speed: kernels.Speed,
+    unknown_bytes: Mapping[Key, int] | None = None,
+) -> Estimates:
     """Guess from the functions alone.
 
     Parameters
@@ -55,7 +64,10 @@ def guess(graph: Graph, order: Iterable[Key], speed: kernels.Speed) -> Estimates
     order : iterable of key
         The tasks, each after those that it reads.
     speed : Speed
+    unknown_bytes : mapping, optional
+        Results of tasks of which nothing is known, where they are not :data:`UNKNOWN_BYTES`.
     """
+    supposed = unknown_bytes or {}
     nbytes: dict[Key, int] = {key: kernels.size_of(v) for key, v in graph.literals.items()}
     nbytes.update((key, reference.size) for key, reference in graph.stored.items())
     seconds: dict[Key, float] = {}
@@ -69,6 +81,8 @@ def guess(graph: Graph, order: Iterable[Key], speed: kernels.Speed) -> Estimates
         size = kernel.output_bytes(task, reads)
         if size is None:
             size = max([UNKNOWN_BYTES, *reads]) if kernel.known else UNKNOWN_BYTES
+        if not kernel.known:
+            size = supposed.get(key, size)
         nbytes[key] = size
         if kernel.known:
             seconds[key] = kernel.seconds(reads, size, speed)

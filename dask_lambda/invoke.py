@@ -1,8 +1,8 @@
 """The Lambda API: one signed HTTP request for each invocation.
 
-May import: failures, replies, config, the ground, aiohttp, botocore.  aiohttp and botocore's signer
-take a quarter of the CPU that boto3 takes for an Invoke, and never send one twice by themselves:
-whether to try again is decided in :mod:`dask_lambda.state`.
+May import: failures, replies, config, cost, the ground, aiohttp, botocore.  aiohttp and botocore's
+signer take a quarter of the CPU that boto3 takes for an Invoke, and never send one twice by
+themselves: whether to try again is decided in :mod:`dask_lambda.state`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from yarl import URL
 
 from dask_lambda import failures, replies
 from dask_lambda.config import MAX_TIMEOUT
+from dask_lambda.cost import Architecture
 from dask_lambda.events import Failure
 
 #: How much longer than the function's time-out the client waits for an answer: the start of an
@@ -32,6 +33,13 @@ TIMEOUT_MARGIN = 60.0
 CONNECT_TIMEOUT = 30.0
 #: A NAT gateway drops connections that are idle for 350 s; probes keep long invocations alive.
 KEEPALIVE_SECONDS = 60
+
+#: What processors call themselves, and Lambda's names for them.
+ARCHITECTURES: dict[Any, Architecture] = {
+    "x86_64": "x86_64",
+    "aarch64": "arm64",
+    "arm64": "arm64",
+}
 
 _BILLED = re.compile(r"REPORT RequestId:.*\tBilled Duration: (\d+) ms")
 
@@ -82,6 +90,11 @@ class LambdaInvoker:
         is given up.
     memory_mb : int, optional
         Of the function, if it is known; it says so itself in each reply.
+
+    Attributes
+    ----------
+    architecture : {"x86_64", "arm64"}, optional
+        Of the function, once it has said so.
     """
 
     def __init__(
@@ -103,6 +116,7 @@ class LambdaInvoker:
         self._encoded_url = URL(self.url, encoded=True)
         self.timeout = timeout
         self.memory_mb = memory_mb
+        self.architecture: Architecture | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
@@ -165,6 +179,7 @@ class LambdaInvoker:
             failure = failures.from_foreign_reply(body, self.function, str(error))
             return Reply(None, failure, billed, log=tail)
         self.memory_mb = int(content["memory_mb"])
+        self.architecture = ARCHITECTURES.get(content.get("architecture"), self.architecture)
         return Reply(content, None, billed, log=tail)
 
     async def _post(self, payload: bytes, headers: dict[str, str]) -> tuple[int, Any, bytes]:

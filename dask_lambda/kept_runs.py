@@ -70,6 +70,38 @@ class Saved:
     what: str
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What the computations of a name have taken so far, as their reports counted it.
+
+    Attributes
+    ----------
+    since : float
+        Seconds since 1970: what was computed before is not in it.
+    computations : int
+        Runs, those that failed or broke off among them; of a program that was killed nothing is
+        known.
+    invocations : int
+    gb_seconds, cost_usd : float
+    """
+
+    since: float
+    computations: int = 0
+    invocations: int = 0
+    gb_seconds: float = 0.0
+    cost_usd: float = 0.0
+
+    def plus(self, invocations: int, gb_seconds: float, cost_usd: float) -> Spent:
+        """Return the sum with one more computation."""
+        return Spent(
+            self.since,
+            self.computations + 1,
+            self.invocations + invocations,
+            self.gb_seconds + gb_seconds,
+            self.cost_usd + cost_usd,
+        )
+
+
 @dataclass(slots=True)
 class KeptRun:
     """The record of one name.
@@ -98,6 +130,8 @@ class KeptRun:
     renamed : dict
         Fingerprint to label, where they differ: of results that take the place of others which
         stay until all is complete.
+    spent : Spent, optional
+        None if it was written by a version that did not count.
     """
 
     name: str
@@ -113,13 +147,14 @@ class KeptRun:
     kind: Kind = "computed"
     saved: Saved | None = None
     renamed: dict[str, str] = field(default_factory=dict)
+    spent: Spent | None = None
 
     @classmethod
     def new(cls, name: str, place: Place, function: str) -> KeptRun:
         """Begin a record, with a run id and a secret that nobody can guess."""
         now = time.time()
         run, secret = secrets.token_hex(16), secrets.token_bytes(32)
-        return cls(name, run, secret, place, function, now, now)
+        return cls(name, run, secret, place, function, now, now, spent=Spent(now))
 
     def to_json(self) -> dict[str, Any]:
         """Describe the record in its file."""
@@ -137,6 +172,8 @@ class KeptRun:
         known["place"] = Place(**record["place"])
         if known.get("saved") is not None:
             known["saved"] = Saved(**known["saved"])
+        if known.get("spent") is not None:
+            known["spent"] = Spent(**known["spent"])
         return cls(**known)
 
 

@@ -207,6 +207,11 @@ class Catalogue:
         return found
 
 
+def held(task: GraphNode) -> Iterator[Any]:
+    """Yield the arrays that a task holds itself, such as a chunk of ``from_array``."""
+    return (part for part in _parts(task) if not isinstance(part, Family))
+
+
 def size_of(value: Any) -> int:
     """Return about how many bytes a literal has, without looking into large ones."""
     size = getattr(value, "nbytes", None)
@@ -313,7 +318,9 @@ def _sizes(part: Any) -> Iterator[int]:
             yield from _sizes(list(part.args[3:]))
             return
         function: Any = part.func
+        yield from _sizes(part.kwargs.get("shape"))
         while _is_partial(function):
+            yield from _sizes(function.keywords.get("shape"))
             function = function.func
         name = getattr(function, "__name__", "")
         if name == "arange" and len(part.args) > 3 and isinstance(part.args[3], int):

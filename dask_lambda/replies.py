@@ -30,6 +30,7 @@ def check(content: Any) -> None:
     for name in ("cache_hits", "peak_memory"):
         if name in reply:
             _number(reply, name)
+    _text(reply.get("architecture", ""), "'architecture'")
     if not isinstance(reply.get("cold"), bool):
         raise NotAReply("'cold' is not true or false")
     counts = _mapping(reply.get("s3", {}), "'s3'")

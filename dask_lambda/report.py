@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from typing import Any
 
-from dask_lambda.cost import Prices
+from dask_lambda.cost import Architecture, Prices
 from lambda_worker.store import Counts
 
 
@@ -93,6 +93,8 @@ class RunReport:
         reports its maximum so far, also of earlier runs.
     cost_usd : float
         The counts times the price table; on the embedded AWS: what they would have cost.
+    prices : str
+        Whose prices these are: the region, and when they were checked.
     failed : bool
     """
 
@@ -116,6 +118,7 @@ class RunReport:
     cache_hits: int
     peak_memory_mb: float
     cost_usd: float
+    prices: str
     failed: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +131,8 @@ class RunReport:
             value = getattr(self, each.name)
             if each.name == "cost_usd":
                 text = f"{value:.6f}"
+            elif isinstance(value, str):
+                text = value
             elif isinstance(value, bool):
                 text = "yes" if value else "no"
             elif isinstance(value, float):
@@ -164,15 +169,21 @@ class RunCounts:
     speculative: int = 0
     compute_seconds: float = 0.0
     billed_gb_seconds: float = 0.0
+    arm64_gb_seconds: float = 0.0  #: those of them that were on arm64
     cache_hits: int = 0
     peak_memory_mb: float = 0.0
     workers: Counts = field(default_factory=Counts)
 
-    def add_reply(self, content: dict[str, Any], billed_ms: float | None) -> None:
+    def add_reply(
+        self,
+        content: dict[str, Any],
+        billed_ms: float | None,
+        architecture: Architecture = "x86_64",
+    ) -> None:
         """Count what a worker reported."""
         self.cold_starts += bool(content["cold"])
         milliseconds = content["milliseconds"] if billed_ms is None else billed_ms
-        self.add_billed(math.ceil(milliseconds), content["memory_mb"])
+        self.add_billed(math.ceil(milliseconds), content["memory_mb"], architecture)
         self.add_work(content)
 
     def add_work(self, content: dict[str, Any]) -> None:
@@ -182,9 +193,14 @@ class RunCounts:
         for name, count in content.get("s3", {}).items():
             setattr(self.workers, name, getattr(self.workers, name) + count)
 
-    def add_billed(self, milliseconds: float, memory_mb: int) -> None:
+    def add_billed(
+        self, milliseconds: float, memory_mb: int, architecture: Architecture = "x86_64"
+    ) -> None:
         """Count billed time."""
-        self.billed_gb_seconds += milliseconds / 1e3 * memory_mb / 1024
+        gb_seconds = milliseconds / 1e3 * memory_mb / 1024
+        self.billed_gb_seconds += gb_seconds
+        if architecture == "arm64":
+            self.arm64_gb_seconds += gb_seconds
 
     def report(
         self, client: Counts, wall_seconds: float, *, failed: bool, prices: Prices
@@ -212,6 +228,7 @@ class RunCounts:
             cache_hits=self.cache_hits,
             peak_memory_mb=self.peak_memory_mb,
             cost_usd=self.usd(client, prices),
+            prices=prices.source,
             failed=failed,
         )
 
@@ -228,6 +245,7 @@ class RunCounts:
         return prices.cost(
             invocations=self.invocations,
             gb_seconds=self.billed_gb_seconds,
+            arm64_gb_seconds=self.arm64_gb_seconds,
             puts=total.puts,
             lists=total.lists,
             gets=total.gets,

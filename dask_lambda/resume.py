@@ -1,7 +1,7 @@
 """One computation under a name: what it takes from earlier ones, and leaves to later ones.
 
-May import: kept_folder, kept_runs, fingerprint, reuse, plan, graph, errors, the ground.  To be used
-in the caller's thread.
+May import: kept_folder, kept_runs, fingerprint, reuse, plan, graph, report, errors, the ground.  To
+be used in the caller's thread.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dask_lambda.graph import Graph
 from dask_lambda.kept_folder import Folder, Inventory, named
 from dask_lambda.kept_runs import KeptRun, Place
 from dask_lambda.plan import Plan
+from dask_lambda.report import RunReport
 from dask_lambda.reuse import Reuse, reuse
 from lambda_worker import protocol
 from lambda_worker.protocol import Key, Reference
@@ -131,7 +132,7 @@ class Resumption:
                         + ("" if self._lasting else ", in this program")
                     )
             elif self._before is not None:  # nothing was done
-                self.record = self._before
+                self.record = replace(self._before, spent=self.record.spent)
         if self._folder is not None:  # what of the run still goes on has no say in the next one
             self._folder.open = False
         try:
@@ -276,6 +277,18 @@ class Resumption:
         logger.warning("the kept run %r goes on without what is damaged: %s", self.name, error)
         self._delete(damaged)
         return True
+
+    def spent(self, report: RunReport) -> None:
+        """Add what a run has cost to the record, which is written when all of this ends.
+
+        Parameters
+        ----------
+        report : RunReport
+        """
+        before = self.record.spent or kept_runs.Spent(time.time())
+        self.record.spent = before.plus(
+            report.invocations, report.billed_gb_seconds, report.cost_usd
+        )
 
     def succeed(self, values: Mapping[Key, Any]) -> None:
         """Take note of the results.

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from dask._task_spec import Task, TaskRef
-from dask.base import collections_to_expr, get_scheduler, named_schedulers
+from dask.base import collections_to_expr
 from dask.core import flatten
 from toolz.functoolz import identity
 
@@ -30,7 +30,7 @@ from dask_lambda.kept_runs import KeptRun, Saved
 from dask_lambda.plan import Plan
 from dask_lambda.resume import Resumption
 from dask_lambda.reuse import Reuse
-from dask_lambda.scheduler import LambdaScheduler
+from dask_lambda.scheduler import chosen
 from lambda_worker import codec, protocol
 from lambda_worker.protocol import Key, Reference
 
@@ -85,7 +85,7 @@ def save(
         if each in kwargs:
             raise ConfigurationError(f"save() takes no {each!r}: it goes on by itself")
     description, collections = Description.of(x)
-    chosen = _chosen(scheduler)
+    runner = chosen(scheduler, "collections are saved and loaded by")
     expression = collections_to_expr(collections, kwargs.pop("optimize_graph", True)).optimize()
     keys: list[Key] = []
     for form, each in zip(description.forms, expression.__dask_keys__(), strict=True):
@@ -94,8 +94,8 @@ def save(
         keys += sorted(own) if form.kind == "frame" else own
     assert len(keys) == sum(form.blocks for form in description.forms)
     saving = partial(Saving, description=description, keys=keys, overwrite=overwrite)
-    chosen.persist_under(expression, keys, saving, resume=name, keep=False, **kwargs)
-    return load(name, scheduler=chosen)
+    runner.persist_under(expression, keys, saving, resume=name, keep=False, **kwargs)
+    return load(name, scheduler=runner)
 
 
 def load(name: str, *, scheduler: Any = None) -> Any:
@@ -127,7 +127,7 @@ def load(name: str, *, scheduler: Any = None) -> Any:
     record = kept_runs.read(name)
     if record is None or record.saved is None:
         raise ConfigurationError(_nothing_saved(name, record))
-    engine = _chosen(scheduler).open_kept(record)
+    engine = chosen(scheduler, "collections are saved and loaded by").open_kept(record)
     try:
         value = engine.load(_described(record, record.saved))
     except LostDataError as error:
@@ -343,18 +343,3 @@ def _nothing_saved(name: str, record: KeptRun | None) -> str:
         + (f": is {meant[0]!r} meant?" if meant else "")
         + f" There are: {', '.join(known) or 'none'} (in {kept_runs.runs_directory()})"
     )
-
-
-def _chosen(scheduler: Any) -> LambdaScheduler:
-    """Return the scheduler that is meant."""
-    found = get_scheduler(scheduler=scheduler)
-    found = getattr(found, "__self__", found)
-    if isinstance(found, LambdaScheduler):
-        return found
-    if scheduler is not None:
-        raise TypeError(
-            f"collections are saved and loaded by a LambdaScheduler, not by {scheduler!r}"
-        )
-    default = getattr(named_schedulers["lambda"], "__self__", None)
-    assert isinstance(default, LambdaScheduler)
-    return default

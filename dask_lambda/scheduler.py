@@ -10,14 +10,14 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 import dask.config
 from dask._task_spec import DataNode
-from dask.base import collections_to_expr, persist
+from dask.base import get_scheduler, named_schedulers, persist
 from dask.callbacks import local_callbacks
 from dask.local import nested_get
 
@@ -28,22 +28,23 @@ from dask_lambda.backend import open_backend, usual_window
 from dask_lambda.callbacks import Callbacks
 from dask_lambda.config import Settings, check_names
 from dask_lambda.cost import Prices
-from dask_lambda.cost_model import CostModel
 from dask_lambda.dispatch import Engine
 from dask_lambda.errors import ConfigurationError, IntegrityError, LostDataError
-from dask_lambda.estimates import Estimates, estimate, guess
+from dask_lambda.estimation import estimate_run
+from dask_lambda.forecast import Estimate
 from dask_lambda.graph import Graph, short
-from dask_lambda.history import History
 from dask_lambda.kept_runs import KeptRun, Place
 from dask_lambda.loop_thread import claim_process
-from dask_lambda.placement import Offer
-from dask_lambda.plan import Group, Plan, cut_graph, make_plan, topological
+from dask_lambda.plan import Group, Plan
+from dask_lambda.planner import Planner
+from dask_lambda.prices import prices_for
 from dask_lambda.report import RunCounts, RunReport
 from dask_lambda.resume import Resumption
 from dask_lambda.reuse import all_kept, apart
 from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
 from dask_lambda.session import Session
 from dask_lambda.stored import stored_block, tell_whose
+from dask_lambda.warming import WarmReport
 from lambda_worker.protocol import Key, Reference
 from lambda_worker.store import Counts
 
@@ -55,9 +56,6 @@ CALL_SETTINGS = frozenset(
         *("resume", "keep", "modules"),
     }
 )
-
-#: What tasks took in this process, whichever scheduler ran them.
-history = History()
 
 #: How long Ctrl-C waits for the objects of the run to be deleted, in seconds.
 CANCEL_SECONDS = 0.8
@@ -81,6 +79,61 @@ def note_report(report: RunReport) -> None:
     _last_report = report
 
 
+def estimate(*collections: Any, scheduler: Any = None, **kwargs: Any) -> Estimate:
+    """Estimate what a computation does and costs, without sending anything.
+
+    >>> print(dask_lambda.estimate(x))                                    # doctest: +SKIP
+
+    Parameters
+    ----------
+    *collections : dask collections
+        What would be computed together; also in lists, tuples and dicts.
+    scheduler : LambdaScheduler, optional
+        Default: the one in Dask's configuration, or the one behind ``lambda_get``.
+    **kwargs
+        As for :meth:`LambdaScheduler.estimate`: ``on``, ``persist``, ``optimize_graph``, and
+        settings as for ``compute``.
+
+    Returns
+    -------
+    Estimate
+
+    Raises
+    ------
+    TypeError
+        If there is no collection to compute.
+    ConfigurationError
+        If a setting, or an annotation of a task, is no good.
+    """
+    return chosen(scheduler, "estimates are made by").estimate(*collections, **kwargs)
+
+
+def chosen(scheduler: Any, what: str) -> LambdaScheduler:
+    """Return the scheduler that is meant.
+
+    Parameters
+    ----------
+    scheduler : object
+        Anything that Dask takes for a scheduler; None: the one in Dask's configuration.
+    what : str
+        The beginning of a sentence that ends with the name of our class, for the error.
+
+    Raises
+    ------
+    TypeError
+        If it is none of ours.
+    """
+    found = get_scheduler(scheduler=scheduler)
+    found = getattr(found, "__self__", found)
+    if isinstance(found, LambdaScheduler):
+        return found
+    if scheduler is not None:
+        raise TypeError(f"{what} a LambdaScheduler, not by {scheduler!r}")
+    default = getattr(named_schedulers["lambda"], "__self__", None)
+    assert isinstance(default, LambdaScheduler)
+    return default
+
+
 class LambdaScheduler:
     """Runs Dask graphs on AWS Lambda.
 
@@ -96,8 +149,9 @@ class LambdaScheduler:
         ``bucket``, ``prefix``, ``region``, ``endpoint_url``, ``concurrency``, ``inline_bytes``,
         ``compression``, ``plan``, ``memory``, ``timeout``, ``retries``, ``speculate``,
         ``patience``, ``max_cost_usd``, ``max_seconds``, ``larger_functions``,
-        ``default_task_seconds``, ``local_executor``, ``modules``, ``resume``, ``keep``.  They have
-        precedence over Dask's configuration, which is read anew at each run.
+        ``default_task_seconds``, ``local_executor``, ``modules``, ``resume``, ``keep``,
+        ``prices``, ``architecture``.  They have precedence over Dask's configuration, which is read
+        anew at each run.
 
     Raises
     ------
@@ -256,14 +310,85 @@ class LambdaScheduler:
         -------
         Plan
         """
-        expression = collections_to_expr(collections, optimize_graph).optimize()
-        nodes = graphs.materialise(expression)
-        graph = graphs.normalise(nodes, list(expression.__dask_keys__()))
         settings = self._settings({})
-        planner = _Planner(
-            graph, settings, Annotations(expression), usual_window(settings), settings.memory
-        )
+        prices = prices_for(settings.region, settings.prices)
+        window = usual_window(settings)
+        planner = Planner.of_collections(collections, optimize_graph, settings, window, prices)
         return planner.plan(finalise=True)
+
+    def estimate(
+        self,
+        *collections: Any,
+        optimize_graph: bool = True,
+        persist: bool = False,
+        on: Literal["aws", "local"] | None = None,
+        **kwargs: Any,
+    ) -> Estimate:
+        """Estimate what a computation does and costs, without sending anything.
+
+        The figures are ranges: how wide depends on what is known of the tasks, which is said
+        (``print(scheduler.estimate(x))``).  What an earlier computation has kept under a name
+        (``resume``) is not subtracted, failures and retries are not added.
+
+        Parameters
+        ----------
+        *collections : dask collections
+            What would be computed together.
+        optimize_graph : bool
+            As ``dask.compute``'s.
+        persist : bool
+            Whether the results would stay in S3, as with ``dask.persist``.
+        on : {"aws", "local"}, optional
+            Where; default: where it would run.  "aws" needs no account.
+        **kwargs
+            As for ``compute``: ``plan``, ``inline_bytes``, ``default_task_seconds``, ...
+
+        Returns
+        -------
+        Estimate
+
+        Raises
+        ------
+        ConfigurationError
+            If a setting, or an annotation of a task, is no good.
+        """
+        settings = self._settings(kwargs)
+        engine = self._engines.get(_connection(settings))
+        same = on is None or (on == "local") == settings.is_local
+        if engine is not None and same:  # which may know the function better
+            usual = engine.backend.invokers[0]
+            settings = replace(
+                settings,
+                memory=usual.memory_mb or settings.memory,
+                architecture=settings.architecture or usual.architecture,
+            )
+        return estimate_run(collections, settings, optimize_graph, persist=persist, on=on)
+
+    def warm(self, count: int) -> WarmReport:
+        """Start execution environments before they are needed.
+
+        So many requests are sent at the same time that do nothing but wait until all are there, so
+        that each meets an environment of its own.  Lambda keeps an idle one for some minutes.
+
+        Parameters
+        ----------
+        count : int
+            Up to ``concurrency``.
+
+        Returns
+        -------
+        WarmReport
+            How many environments had to be started, and what it cost.
+
+        Raises
+        ------
+        ConfigurationError
+            If the count is no number from 1 to the window.
+        DaskLambdaError
+            If the function cannot be invoked, or refuses.
+        """
+        settings = self._settings({})
+        return self._engine(settings).warm(count, settings.memory)
 
     def session(self, shown: Callable[[Key], str] = short) -> Session:
         """Open a run to which calls are added one by one: what futures stand on.
@@ -384,7 +509,7 @@ class LambdaScheduler:
         )
         with resumption:
             resumption.prepare(graph)
-            planner = _Planner.of(graph, replace(settings, inline_bytes=0), annotations, engine)
+            planner = Planner.of(graph, replace(settings, inline_bytes=0), annotations, engine)
             resumption.identify(graph, planner.cut(finalise=not persist), references=persist)
             while True:
                 # Who wants to see the values of tasks would miss those of tasks that do not run.
@@ -429,7 +554,7 @@ class LambdaScheduler:
         if engine is None or callbacks.wants_values:  # which only single tasks can show
             settings = replace(settings, plan="none")
         planned = replace(settings, inline_bytes=0) if named else settings
-        planner = _Planner.of(graph, planned, annotations, engine)
+        planner = Planner.of(graph, planned, annotations, engine)
         plan = planner.plan(finalise=not persist, cut=not named)
         planner.tell()
         if resumption is not None:
@@ -469,14 +594,17 @@ class LambdaScheduler:
                 engine.cancel(run, CANCEL_SECONDS)
                 raise
             finally:
-                self._report(run.counts, run.store.counts, started, failed)
+                report = self._report(run.counts, run.store.counts, started, failed, engine.prices)
+                if resumption is not None:
+                    resumption.spent(report)
             for key in plan.fetch - values.keys():
                 if persist:
                     values[key] = _reference(engine, run, key)
                 else:
                     values[key] = run.load(key)
         else:  # all that is asked for is at hand
-            self._report(RunCounts(), Counts(), started, failed=False)
+            prices = prices_for(settings.region, settings.prices)
+            self._report(RunCounts(), Counts(), started, False, prices)
         for key in plan.client:
             if callbacks:
                 callbacks.task_started(key)
@@ -502,28 +630,20 @@ class LambdaScheduler:
                 case RunFailed(exception):
                     raise exception
 
-    def _report(self, counts: RunCounts, client: Counts, started: float, failed: bool) -> None:
+    def _report(
+        self, counts: RunCounts, client: Counts, started: float, failed: bool, prices: Prices
+    ) -> RunReport:
         seconds = time.perf_counter() - started
-        self.last_report = counts.report(client, seconds, failed=failed, prices=Prices())
-        note_report(self.last_report)
+        report = counts.report(client, seconds, failed=failed, prices=prices)
+        self.last_report = report
+        note_report(report)
+        return report
 
     # -- the engine ------------------------------------------------------------------------------
 
     def _engine(self, settings: Settings) -> Engine:
         """Return the engine for the connection that the settings describe."""
-        connection = (
-            settings.is_local,
-            settings.function,
-            settings.bucket,
-            settings.prefix,
-            settings.region,
-            settings.endpoint_url,
-            settings.concurrency,
-            settings.memory,
-            settings.timeout,
-            tuple(sorted(settings.larger_functions.items())),
-            executor if isinstance(executor := settings.local_executor, str) else id(executor),
-        )
+        connection = _connection(settings)
         claim_process()
         with self._lock:
             engine = self._engines.get(connection)
@@ -533,7 +653,9 @@ class LambdaScheduler:
                 signals.release()
                 atexit.unregister(engine.close_at_exit)
                 threading.Thread(target=engine.close, name="close", daemon=True).start()
-            engine = Engine(open_backend(settings))
+            backend = open_backend(settings)
+            prices = prices_for(backend.region, settings.prices)
+            engine = Engine(backend, prices, settings.architecture)
             try:
                 engine.open()
             except BaseException:  # Ctrl-C among them: its thread must not live on
@@ -546,97 +668,23 @@ class LambdaScheduler:
             return engine
 
 
-class _Planner:
-    """Plans one computation, and learns from it for the next ones.
-
-    Parameters
-    ----------
-    graph, settings, annotations
-    window : int
-        Invocations in flight.
-    memory_mb : int
-        Of the usual function.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        settings: Settings,
-        annotations: Annotations,
-        window: int,
-        memory_mb: int,
-    ):
-        self._graph, self._settings, self._annotations = graph, settings, annotations
-        self._memory = annotations.memory()
-        self._places = annotations.placement(Offer.of(settings, memory_mb))
-        self._model = CostModel.of(
-            memory_mb, settings.timeout, inline_bytes=settings.inline_bytes, window=window
-        )
-        self._guessed = Estimates({}, {})
-
-    @classmethod
-    def of(
-        cls, graph: Graph, settings: Settings, annotations: Annotations, engine: Engine | None
-    ) -> _Planner:
-        """Return the planner for what an engine offers."""
-        if engine is None:
-            return cls(graph, settings, annotations, 1, settings.memory)
-        memory = engine.backend.invokers[0].memory_mb or settings.memory
-        return cls(graph, settings, annotations, engine.backend.window, memory)
-
-    def cut(self, *, finalise: bool) -> Graph:
-        """Return the graph as it will be run, with long sums cut."""
-        if self._settings.plan == "none":
-            return self._graph
-        return cut_graph(
-            self._graph, finalise=finalise, estimates=self._expected(), model=self._model
-        )
-
-    def _expected(self) -> Estimates:
-        order = topological(self._graph, set())
-        self._guessed = guess(self._graph, order, self._model.speed)
-        return estimate(
-            self._guessed,
-            self._graph,
-            ratio=history.ratio,
-            said_seconds=self._annotations.seconds(),
-            said_nbytes=self._annotations.nbytes(),
-            default_seconds=self._settings.default_task_seconds,
-        )
-
-    def plan(self, *, finalise: bool, cut: bool = True) -> Plan:
-        """Plan the computation."""
-        retries = self._annotations.of("retries", self._settings.retries)
-        if self._settings.plan == "none":
-            return make_plan(
-                self._graph,
-                mode="none",
-                finalise=finalise,
-                retries=retries,
-                memory=self._memory,
-                places=self._places,
-            )
-        return make_plan(
-            self._graph,
-            mode="auto",
-            finalise=finalise,
-            retries=retries,
-            estimates=self._expected(),
-            model=self._model,
-            memory=self._memory,
-            places=self._places,
-            cut=cut,
-        )
-
-    def tell(self) -> None:
-        """Say what does not run on Lambda although nobody has asked for that."""
-        if self._places is not None:
-            self._places.tell(self._graph.tasks)
-
-    def learn(self, group: Group, measured: Mapping[str, Sequence[float]]) -> None:
-        """Take note of what a worker measured."""
-        known = [key for key in group.tasks if key in self._guessed.seconds]
-        history.learn(self._guessed, known, measured)
+def _connection(settings: Settings) -> tuple[Any, ...]:
+    """Return the settings for which there is one engine."""
+    return (
+        settings.is_local,
+        settings.function,
+        settings.bucket,
+        settings.prefix,
+        settings.region,
+        settings.endpoint_url,
+        settings.concurrency,
+        settings.memory,
+        settings.timeout,
+        tuple(sorted(settings.larger_functions.items())),
+        tuple(sorted(settings.prices.items())),
+        settings.architecture,
+        executor if isinstance(executor := settings.local_executor, str) else id(executor),
+    )
 
 
 def _has_ended(place: Place) -> bool:

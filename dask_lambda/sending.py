@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dask_lambda import failures
-from dask_lambda.cost import Prices
+from dask_lambda.cost import Architecture, Prices
 from dask_lambda.events import Done, Failure, FailureKind, Invoke
 from dask_lambda.objects import told_outputs
 from dask_lambda.plan import Group
@@ -66,18 +66,37 @@ class Sender:
     ----------
     backend : Backend
     prices : Prices
+    architecture : {"x86_64", "arm64"}, optional
+        Of the functions; default: what they say themselves.
     """
 
-    def __init__(self, backend: Backend, prices: Prices):
+    def __init__(self, backend: Backend, prices: Prices, architecture: Architecture | None = None):
         self._backend = backend
         self._prices = prices
         self._warned: set[str] = set()
+        self._architecture = architecture
 
     def invoker(self, instruction: Invoke) -> Any:
         """Return who serves an invocation."""
         if instruction.local:
             return self._backend.local
         return self._backend.invokers[instruction.rung]
+
+    def architecture(self, invoker: Any) -> Architecture:
+        """Return on which processor a function runs, as far as is known."""
+        return self._architecture or getattr(invoker, "architecture", None) or "x86_64"
+
+    def usd_second(self, invoker: Any, memory_mb: int) -> float:
+        """Return what a second of a function costs.
+
+        Parameters
+        ----------
+        invoker : LambdaInvoker
+        memory_mb : int
+            Of the function, unless it has said something else.
+        """
+        price = self._prices.gb_second(self.architecture(invoker))
+        return (invoker.memory_mb or memory_mb) / 1024 * price
 
     async def send(
         self, run: Run, instruction: Invoke, inline_bytes: int
@@ -120,12 +139,11 @@ class Sender:
         elif (
             reply.ran and reply.content is None and reply.billed_ms is None
         ):  # nobody says how long
-            gb_seconds = (time.monotonic() - sent) * (invoker.memory_mb or run.memory_mb) / 1024
-            run.unbilled += gb_seconds * self._prices.lambda_gb_second
+            run.unbilled += (time.monotonic() - sent) * self.usd_second(invoker, run.memory_mb)
         if not instruction.local:
-            self._count(run, instruction, reply, invoker.memory_mb)
+            self._count(run, instruction, reply, invoker.memory_mb, self.architecture(invoker))
         if reply.ran:
-            usd = self._usd(instruction, reply, invoker.memory_mb or run.memory_mb)
+            usd = self._usd(instruction, reply, self.usd_second(invoker, run.memory_mb))
             run.note_attempt(groups, usd, reply.log)
         content = reply.content
         if content is not None and "differing" in content:
@@ -185,7 +203,13 @@ class Sender:
         return None
 
     @staticmethod
-    def _count(run: Run, instruction: Invoke, reply: Reply, memory_mb: int | None) -> None:
+    def _count(
+        run: Run,
+        instruction: Invoke,
+        reply: Reply,
+        memory_mb: int | None,
+        architecture: Architecture,
+    ) -> None:
         counts = run.counts
         if reply.failure is not None and reply.failure.kind in REFUSALS:
             counts.throttles += 1
@@ -195,9 +219,9 @@ class Sender:
         if instruction.tries and not instruction.speculative:
             counts.retries += 1
         if reply.content is not None:
-            counts.add_reply(reply.content, reply.billed_ms)
+            counts.add_reply(reply.content, reply.billed_ms, architecture)
         elif reply.billed_ms is not None:
-            counts.add_billed(reply.billed_ms, memory_mb or 0)
+            counts.add_billed(reply.billed_ms, memory_mb or 0, architecture)
 
     @staticmethod
     def _count_local(run: Run, instruction: Invoke, reply: Reply) -> None:
@@ -205,7 +229,7 @@ class Sender:
         if reply.content is not None:
             run.counts.add_work(reply.content)
 
-    def _usd(self, instruction: Invoke, reply: Reply, memory_mb: int) -> float:
+    def _usd(self, instruction: Invoke, reply: Reply, usd_second: float) -> float:
         """Return what an invocation cost, as far as it is known."""
         if reply.content is None and reply.billed_ms is None:
             return 0.0
@@ -214,9 +238,9 @@ class Sender:
         if instruction.local:  # but for S3
             milliseconds = 0
         s3 = content.get("s3", {})
-        return self._prices.cost(
+        return milliseconds / 1e3 * usd_second + self._prices.cost(
             invocations=0 if instruction.local else 1,
-            gb_seconds=milliseconds / 1e3 * memory_mb / 1024,
+            gb_seconds=0.0,
             puts=s3.get("puts", 0),
             lists=s3.get("lists", 0),
             gets=s3.get("gets", 0),

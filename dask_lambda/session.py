@@ -31,7 +31,6 @@ from dask.utils import key_split
 
 from dask_lambda import errors, failures
 from dask_lambda.config import MAX_TIMEOUT, Settings
-from dask_lambda.cost import Prices
 from dask_lambda.dispatch import Engine
 from dask_lambda.events import Failure, FailureKind, GroupsCancelled, KeysReleased, WindowChanged
 from dask_lambda.graph import short
@@ -501,7 +500,7 @@ class Session:
         """Return what was done so far."""
         run = self._run
         seconds = time.perf_counter() - self.started
-        return run.counts.report(run.store.counts, seconds, failed=False, prices=Prices())
+        return run.counts.report(run.store.counts, seconds, failed=False, prices=self.engine.prices)
 
     def is_unused(self) -> bool:
         """Whether nobody holds anything in S3, or the session has ended; not in engine's thread."""

@@ -501,6 +501,7 @@ def serve(event: Any, context: Any, environment: Environment) -> dict[str, Any]:
         "protocol": protocol.PROTOCOL,
         "cold": cold,
         "memory_mb": int(context.memory_limit_in_mb),
+        "architecture": os.uname().machine,  # a GB-second of arm64 costs less
     }
     ours = protocol.versions()
     event = event if isinstance(event, dict) else {}
@@ -515,6 +516,12 @@ def serve(event: Any, context: Any, environment: Environment) -> dict[str, Any]:
         reply["refused"] = {"protocol": protocol.PROTOCOL, **ours}
         if differences.refused:
             reply["refused"]["packages"] = differences.refused
+        reply["milliseconds"] = (time.perf_counter() - started) * 1e3
+        environment.log(log_lines.line(event, context, reply))
+        return reply
+    if (hold := protocol.held_seconds(event)) is not None:
+        time.sleep(hold)
+        reply["groups"] = []
         reply["milliseconds"] = (time.perf_counter() - started) * 1e3
         environment.log(log_lines.line(event, context, reply))
         return reply

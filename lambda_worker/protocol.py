@@ -299,6 +299,23 @@ class Request:
             return request
 
 
+#: The longest that a request to warm up keeps an environment busy, in seconds.
+MAX_HOLD_SECONDS = 10.0
+
+
+def warming_request(seconds: float) -> dict[str, Any]:
+    """Build the event of an Invoke that does nothing but keep an environment busy."""
+    return {"protocol": PROTOCOL, "client": versions(), "hold": seconds}
+
+
+def held_seconds(event: dict[str, Any]) -> float | None:
+    """Return for how long an event asks to do nothing; None if it asks for something else."""
+    hold = event.get("hold")
+    if isinstance(hold, bool) or not isinstance(hold, int | float):
+        return None
+    return min(max(0.0, float(hold)), MAX_HOLD_SECONDS)
+
+
 @contextmanager
 def _understood(what: str) -> Iterator[None]:
     try:

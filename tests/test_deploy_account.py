@@ -503,6 +503,7 @@ def test_other_options_change_what_is_there(account: Account, package: Package) 
         "bucket": done.record.bucket,
         "prefix": "dask-lambda",
         "region": "us-east-1",
+        "architecture": "x86_64",
         "timeout": 60,
         "larger-functions": {"2048": "dask-lambda-2048"},
         "endpoint-url": account.endpoint_url,

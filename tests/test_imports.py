@@ -21,9 +21,9 @@ ENGINE = [
     *("cluster", "proxy", "proxy_scheduler", "unsupported"),
     *("__init__", "cleaning", "saved"),
     *("executor", "mapping", "chains", "calling", "arguments", "futures", "distant"),
-    *("scheduler", "session", "resume"),
+    *("scheduler", "session", "estimation", "forecast", "resume", "planner"),
     *("annotations", "placement"),
-    *("dispatch", "sending", "objects", "run", "description", "stored"),
+    *("dispatch", "sending", "warming", "objects", "run", "description", "stored"),
     *("kept_folder", "kept_runs", "lifecycle"),
     *("simulate", "bounds", "timeline", "aws_model"),
     "standalone",
@@ -50,7 +50,7 @@ ENGINE = [
     *("tiling", "units"),
     *("folding", "fingerprint", "digest", "libraries"),
     *("history", "estimates", "graph", "cost_model", "kernels"),
-    *("report", "cost", "config", "credentials", "loop_thread", "signals", "errors"),
+    *("report", "config", "prices", "cost", "credentials", "loop_thread", "signals", "errors"),
 ]
 #: What is deployed to an account, likewise.  It stands beside the engine: nothing of the engine
 #: imports it, only the command line does.
@@ -101,6 +101,7 @@ PURE = [
         "cost_model",
     ),
     *("kernels", "failures", "replies", "cost", "simulate", "bounds", "timeline", "aws_model"),
+    *("prices", "forecast"),
 ]
 WORLD = {
     *("asyncio", "socket", "threading", "time", "datetime", "subprocess", "concurrent"),

@@ -16,7 +16,7 @@ FIELDS = [
     "speculative",
     *("wall_seconds", "compute_seconds", "billed_gb_seconds"),
     *("s3_puts", "s3_gets", "s3_lists", "s3_deletes", "bytes_written", "bytes_read"),
-    *("cache_hits", "peak_memory_mb", "cost_usd", "failed"),
+    *("cache_hits", "peak_memory_mb", "cost_usd", "prices", "failed"),
 ]
 
 

@@ -91,11 +91,12 @@ def _describe_run(name: str) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from dask_lambda.cleaning import Bucket
-    from dask_lambda.cost import Prices
     from dask_lambda.errors import DaskLambdaError
     from dask_lambda.kept_folder import kept_prefix
+    from dask_lambda.prices import prices_for
 
     record = _record(name)
+    prices = prices_for(record.place.region)
     objects: int | None = None
     nbytes: int | None = None
     status: str = record.status
@@ -129,7 +130,7 @@ def _describe_run(name: str) -> dict[str, Any]:
         "folder": f"*/{kept_prefix(record.place.prefix)}/{record.run}/",
         "objects": objects,
         "bytes": nbytes,
-        "usd_per_month": None if nbytes is None else nbytes / 1e9 * Prices().s3_gb_month,
+        "usd_per_month": None if nbytes is None else prices.storage(nbytes),
     }
 
 

@@ -164,6 +164,7 @@ def configuration(record: Record) -> dict[str, Any]:
         "bucket": record.bucket,
         "prefix": record.prefix,
         "region": record.region,
+        "architecture": record.architecture,
         "timeout": int(record.options.get("timeout", 900)),
         "larger-functions": {str(memory): names.function(memory) for memory in larger},
     }
