@@ -61,6 +61,8 @@ test: $(INSTALLED) $(VENV)/tmp ## Run our tests, then a sample of Dask's own tes
 	@DASK_DASK_LAMBDA__PLAN=none $(BIN)/python -m tests.conformance --sample \
 	    dask.tests.test_delayed dask.bag.tests.test_bag dask.array.tests.test_reductions \
 	    -n $(JOBS) --dist worksteal
+	@echo "==> distributed's own tests of its client, on a LambdaCluster"
+	@$(BIN)/python -m tests.distributed_conformance -n $(JOBS)
 
 # SOAK="--seed 7 --runs 1" repeats one run; --help says what else there is.
 SOAK ?= --minutes 15
