@@ -136,7 +136,7 @@ def test_lambda_gives_it_however_tasks_are_put_together(
 ) -> None:
     dsk, wanted = drawn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dask_lambda.scheduler.make_plan", partial(random_plan, Random(seed), PLACES))
+        patch.setattr("dask_lambda.planner.make_plan", partial(random_plan, Random(seed), PLACES))
         agrees(scheduler.get, dsk, wanted)
 
 
@@ -239,7 +239,7 @@ def test_linear_algebra_has_the_same_bits_however_tasks_are_put_together(
         monkeypatch.setattr("dask_lambda.scheduler.CostModel", CutsAll)
     elif how == "at random":
         monkeypatch.setattr(
-            "dask_lambda.scheduler.make_plan", partial(random_plan, Random(11), ("lambda",))
+            "dask_lambda.planner.make_plan", partial(random_plan, Random(11), ("lambda",))
         )
     found = ALGEBRA[name]().compute(scheduler=lambda_get)
     assert found.tobytes() == one_by_one[name]
