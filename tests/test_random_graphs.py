@@ -236,7 +236,7 @@ def test_linear_algebra_has_the_same_bits_however_tasks_are_put_together(
     how: str, name: str, one_by_one: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how == "all sums cut":
-        monkeypatch.setattr("dask_lambda.scheduler.CostModel", CutsAll)
+        monkeypatch.setattr("dask_lambda.planner.CostModel", CutsAll)
     elif how == "at random":
         monkeypatch.setattr(
             "dask_lambda.planner.make_plan", partial(random_plan, Random(11), ("lambda",))
