@@ -1,16 +1,15 @@
-"""What went wrong: from AWS's and the worker's words to a decision and an exception.
+"""What went wrong: from the worker's and S3's words to a decision and an exception.
 
-May import: state, graph, libraries, errors, the ground.  Pure: recorded answers in,
-:class:`Failure` out.
+May import: events, libraries, errors, the ground.  Pure: recorded answers in, :class:`Failure` out.
 
-There are three sources.  Lambda's API refuses a request (:func:`from_response`); Lambda accepts
-it but loses the environment (:func:`from_function_error`); the worker runs and replies that a
-group failed (:func:`from_record`).  :func:`to_exception` turns each into what the user sees.
+A failure has a source.  Lambda refuses a request, or loses the environment
+(:mod:`dask_lambda.lambda_answers`); nobody runs the task (:func:`from_needs`, ...); the worker
+replies that a group failed (:func:`from_record`); S3 fails on the client
+(:func:`from_store_error`).  :func:`to_exception` turns each into what the user sees.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,17 +21,10 @@ from dask_lambda.libraries import missing_module
 from lambda_worker import codec, protocol
 from lambda_worker.errors import RequestError, StoreError
 
-#: Of functions whose code, handler or image is not what it should be.
-CANNOT_START = (
-    *("Runtime.ImportModuleError", "Runtime.HandlerNotFound", "Runtime.Userc"),
-    "Runtime.Invalid",  # ...Entrypoint, ...WorkingDir, ...TaskConfig
-)
-_PEAK = re.compile(r"\tMax Memory Used: (\d+) MB")
-_MORE_MEMORY = (
+MORE_MEMORY = (
     "Make the chunks smaller, or give the function more memory (dask-lambda.memory; Lambda allows "
     "10,240 MB), or name functions with more memory in dask-lambda.larger-functions."
 )
-
 _MORE_MEMORY_HERE = (
     "Make the chunks smaller, or have dask-lambda.local-executor name an executor on a machine "
     "with more memory."
@@ -68,101 +60,11 @@ class Detail:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------------------------------------
-# the API refused the request
-# ---------------------------------------------------------------------------------------------
-
-
-def from_response(status: int, body: bytes, function: str, region: str) -> Failure:
-    """Classify an answer of the Invoke API other than 2xx.
-
-    Parameters
-    ----------
-    status : int
-        HTTP status.
-    body : bytes
-        JSON with "Type", "Message" (or "message"), and for throttles "Reason".
-
-    Notes
-    -----
-    Statuses and names: "Invoke", AWS Lambda API reference, section Errors.
-    """
-    text, reason, name = _service_error(body)
-    said = f"AWS said: {name or status}: {text}" if text else f"AWS said: {name or status}"
-    if status in (400, 401, 403) and _EXPIRED.search(f"{name} {text}"):
-        return _expired(
-            f"lambda:InvokeFunction on function {function!r} in {region} was refused. {said}"
-        )
-    match status:
-        case 429:
-            return Failure(
-                FailureKind.RATE_LIMITED if "Rate" in reason else FailureKind.THROTTLED,
-                Detail(
-                    errors.ThrottledError,
-                    f"Lambda refused to start it for too long ({reason or 'throttled'}). {said}",
-                    "Raise the function's reserved concurrency or the account's limit, or lower "
-                    "dask-lambda.concurrency.",
-                ),
-            )
-        case 413:
-            return Failure(
-                FailureKind.FATAL,
-                Detail(errors.PayloadTooLargeError, f"the payload is too large. {said}"),
-            )
-        case 401 | 403:
-            return Failure(
-                FailureKind.FATAL,
-                Detail(
-                    errors.AccessDeniedError,
-                    f"access denied: lambda:InvokeFunction on function {function!r} in "
-                    f"{region}. {said}",
-                    "Check that the credentials are right and have not expired, and that the "
-                    "caller's policy allows the action on this function.",
-                ),
-            )
-        case 404:
-            return Failure(
-                FailureKind.FATAL,
-                Detail(
-                    errors.FunctionNotFoundError,
-                    f"function {function!r} does not exist in region {region}. {said}",
-                    "Set dask-lambda.function and dask-lambda.region, or deploy the function.",
-                ),
-            )
-        case 409:  # the function is being created or updated
-            kind = FailureKind.TRANSIENT
-        case _:
-            kind = FailureKind.TRANSIENT if status >= 500 else FailureKind.FATAL
-    return Failure(kind, Detail(errors.InvocationError, f"Lambda answered {status}. {said}"))
-
-
-def from_network(error: Exception) -> Failure:
-    """Classify a request that got no answer: it may or may not have taken effect."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Failure(
-        FailureKind.TRANSIENT,
-        Detail(
-            errors.InvocationError,
-            f"no answer from the Lambda API ({text})",
-            "Check the network connection, and dask-lambda.endpoint-url if it is set.",
-        ),
-    )
-
-
-#: In the words of Lambda's API ("Common errors", AWS Lambda API reference) and of S3's.
-_EXPIRED = re.compile(
-    "ExpiredToken|UnrecognizedClient|security token included in the request is (expired|invalid)"
-    "|[Ss]ignature expired|[Ss]ignature not yet current|RequestTimeTooSkewed",
-)
+#: Clocks that differ, in the words of Lambda's API and of S3's.
 _CLOCK = re.compile("[Ss]ignature expired|[Ss]ignature not yet current|RequestTimeTooSkewed")
 
 
-def from_credentials(error: Exception) -> Failure:
-    """Build the failure of a request that could not be signed: botocore has no credentials."""
-    return _expired(f"botocore could not renew them. {type(error).__name__}: {error}")
-
-
-def _expired(what: str) -> Failure:
+def expired(what: str) -> Failure:
     """Build the failure of credentials that were right once, and may be again."""
     if _CLOCK.search(what):
         message = f"the clock of this machine is wrong, or a request took minutes: {what}"
@@ -177,110 +79,9 @@ def _expired(what: str) -> Failure:
     return Failure(FailureKind.EXPIRED, Detail(errors.AccessDeniedError, message, advice))
 
 
-def _service_error(body: bytes) -> tuple[str, str, str]:
-    try:
-        record = json.loads(body)
-        message = str(record.get("Message") or record.get("message") or "")
-        name = str(
-            record.get("__type") or record.get("Code") or ""
-        )  # "Type" is "User" or "Service"
-        return message[:1000], str(record.get("Reason") or ""), name
-    except (ValueError, AttributeError):
-        return body[:200].decode("utf-8", "replace"), "", ""
-
-
 # ---------------------------------------------------------------------------------------------
-# the environment was lost
+# nobody ran it
 # ---------------------------------------------------------------------------------------------
-
-
-def from_function_error(body: bytes, log_tail: str, memory_mb: int | None) -> Failure:
-    """Classify an answer 200 with ``X-Amz-Function-Error``.
-
-    The worker catches whatever a task raises, so this is always the environment: a time-out, no
-    memory left, a dead process, or a function that is not ours.
-
-    Parameters
-    ----------
-    body : bytes
-        JSON with "errorType" and "errorMessage" (time-outs may have the message only).
-    log_tail : str
-        The last lines of the invocation's log, as far as Lambda sent them.
-    memory_mb : int, optional
-        Memory of the function, if known.
-    """
-    try:
-        record = json.loads(body)
-        kind, text = str(record.get("errorType", "")), str(record.get("errorMessage", ""))
-    except (ValueError, AttributeError):
-        kind, text = "", body[:500].decode("utf-8", "replace")
-    said = f"{kind}: {text}" if kind else text
-    note = f"Last lines of the invocation's log:\n{log_tail}" if log_tail.strip() else ""
-    if kind == "Sandbox.Timedout" or "Task timed out after" in text:
-        seconds = text.rpartition("after ")[2].removesuffix(" seconds") if "after " in text else "?"
-        return Failure(
-            FailureKind.TIMEOUT,
-            Detail(
-                errors.FunctionTimeoutError,
-                f"ran longer than the function's time-out of {seconds} seconds",
-                "Make the chunks smaller, or raise the function's time-out (dask-lambda.timeout; "
-                "Lambda allows 900 seconds).",
-                note=note,
-            ),
-        )
-    if kind == "Runtime.OutOfMemory" or "signal: killed" in text:
-        size = f"{memory_mb:,} MB" if memory_mb else "memory"
-        peak = _PEAK.search(log_tail)
-        measured = f"; at its peak it took {int(peak[1]):,} MB" if peak else ""
-        return Failure(
-            FailureKind.MEMORY,
-            Detail(
-                errors.OutOfMemoryError,
-                f"needed more than the function's {size} ({said}{measured})",
-                _MORE_MEMORY,
-                note=note,
-            ),
-        )
-    if kind == "Function.ResponseSizeTooLarge":
-        return Failure(
-            FailureKind.FATAL,
-            Detail(
-                errors.PayloadTooLargeError,
-                f"the response exceeded Lambda's limit of 6 MB ({said})",
-                "Lower dask-lambda.inline-bytes.",
-                note=note,
-            ),
-        )
-    if kind.startswith(CANNOT_START):
-        return Failure(
-            FailureKind.FATAL,
-            Detail(
-                errors.InvocationError,
-                f"the function cannot start: {said}",
-                "The function that dask-lambda.function names must hold the lambda_worker "
-                "package and what it imports.",
-                note=note,
-            ),
-        )
-    if kind and not kind.startswith(("Runtime.", "Sandbox.", "Function.", "Extension.")):
-        return Failure(
-            FailureKind.FATAL,
-            Detail(
-                errors.InvocationError,
-                f"the function itself failed, not a task ({said})",
-                "Is dask-lambda.function a function that runs this version of lambda_worker?",
-                note=note,
-            ),
-        )
-    return Failure(
-        FailureKind.DEATH,
-        Detail(
-            errors.WorkerDiedError,
-            f"the worker died while it ran ({said})",
-            "A crash of native code, os._exit, or too little memory ends a worker like this.",
-            note=note,
-        ),
-    )
 
 
 def from_needs(nbytes: int, memory_mb: int, what: str, *, local: bool = False) -> Failure:
@@ -303,7 +104,7 @@ def from_needs(nbytes: int, memory_mb: int, what: str, *, local: bool = False) -
         Detail(
             errors.OutOfMemoryError,
             f"{what} {nbytes / 2**20:,.0f} MB, more than {whose} {memory_mb:,} MB; it was not sent",
-            _MORE_MEMORY_HERE if local else _MORE_MEMORY,
+            _MORE_MEMORY_HERE if local else MORE_MEMORY,
         ),
     )
 
@@ -462,7 +263,7 @@ def from_record(
     match kind:
         case "exception":
             value = record.get("exception")
-            more_memory = _MORE_MEMORY_HERE if local else _MORE_MEMORY
+            more_memory = _MORE_MEMORY_HERE if local else MORE_MEMORY
             advice = more_memory if record.get("memory") else ""
             if "module" in record and not local:
                 advice = missing(str(record["module"]))
@@ -553,7 +354,7 @@ def _readable(record: dict[str, Any]) -> protocol.Value | None:
 def from_store_error(error: StoreError) -> Failure:
     """Classify a failure of S3 on the client."""
     if error.kind == "expired":
-        return _expired(str(error))
+        return expired(str(error))
     return _store_failure(error.kind, str(error))
 
 

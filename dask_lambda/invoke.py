@@ -1,8 +1,8 @@
 """The Lambda API: one signed HTTP request for each invocation.
 
-May import: failures, replies, config, cost, the ground, aiohttp, botocore.  aiohttp and botocore's
-signer take a quarter of the CPU that boto3 takes for an Invoke, and never send one twice by
-themselves: whether to try again is decided in :mod:`dask_lambda.state`.
+May import: failures, lambda_answers, replies, config, cost, the ground, aiohttp, botocore.  aiohttp
+and botocore's signer take a quarter of the CPU that boto3 takes for an Invoke, and never send one
+twice by themselves: whether to try again is decided in :mod:`dask_lambda.state`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError
 from yarl import URL
 
-from dask_lambda import failures, replies
+from dask_lambda import failures, lambda_answers, replies
 from dask_lambda.config import MAX_TIMEOUT
 from dask_lambda.cost import Architecture
 from dask_lambda.events import Failure
@@ -145,32 +145,32 @@ class LambdaInvoker:
         try:
             status, _, body = await self._post(b"{}", {"X-Amz-Invocation-Type": "DryRun"})
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            return failures.from_network(error)
+            return lambda_answers.from_network(error)
         except BotoCoreError as error:
-            return failures.from_credentials(error)
+            return lambda_answers.from_credentials(error)
         if status // 100 == 2:
             return None
-        return failures.from_response(status, body, self.function, self.region)
+        return lambda_answers.from_response(status, body, self.function, self.region)
 
     async def invoke(self, payload: bytes) -> Reply:
         """Invoke the function and wait for its answer.  Never raises for what AWS does."""
         try:
             status, headers, body = await self._post(payload, {"X-Amz-Log-Type": "Tail"})
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return Reply(None, failures.from_network(error), ran=False, answered=False)
+            return Reply(None, lambda_answers.from_network(error), ran=False, answered=False)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            return Reply(None, failures.from_network(error), answered=False)
+            return Reply(None, lambda_answers.from_network(error), answered=False)
         except BotoCoreError as error:  # nothing to sign with: botocore could not renew it
-            return Reply(None, failures.from_credentials(error), ran=False)
+            return Reply(None, lambda_answers.from_credentials(error), ran=False)
         if status // 100 != 2:
-            failure = failures.from_response(status, body, self.function, self.region)
+            failure = lambda_answers.from_response(status, body, self.function, self.region)
             return Reply(None, failure, ran=status >= 500)
         tail = headers.get("X-Amz-Log-Result", "")
         log = base64.b64decode(tail).decode("utf-8", "replace")
         report = _BILLED.search(log)
         billed = float(report[1]) if report else None
         if "X-Amz-Function-Error" in headers:
-            failure = failures.from_function_error(body, log, self.memory_mb)
+            failure = lambda_answers.from_function_error(body, log, self.memory_mb)
             return Reply(None, failure, billed, log=tail)
         try:
             content = json.loads(body)

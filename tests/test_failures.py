@@ -8,7 +8,7 @@ from importlib import metadata
 
 import pytest
 
-from dask_lambda import errors, failures
+from dask_lambda import errors, failures, lambda_answers
 from dask_lambda.events import Failure, FailureKind
 from lambda_worker import codec, protocol
 from lambda_worker.errors import StoreError
@@ -18,12 +18,14 @@ OUTPUT = "0/prefix/run/label"
 
 
 def answer(status: int, **body) -> Failure:
-    return failures.from_response(status, json.dumps(body).encode(), "my-function", "eu-north-1")
+    return lambda_answers.from_response(
+        status, json.dumps(body).encode(), "my-function", "eu-north-1"
+    )
 
 
 def function_error(body, log="", memory_mb=1769) -> Failure:
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return failures.from_function_error(text, log, memory_mb)
+    return lambda_answers.from_function_error(text, log, memory_mb)
 
 
 def shown(failure: Failure, key: str = "'add-1'") -> BaseException:
@@ -55,7 +57,7 @@ def test_every_throttle_is_a_throttle_and_its_reason_is_shown(reason):
 
 
 def test_a_throttle_without_a_reason_is_one_all_the_same():
-    assert failures.from_response(429, b"", "f", "r").kind is FailureKind.THROTTLED
+    assert lambda_answers.from_response(429, b"", "f", "r").kind is FailureKind.THROTTLED
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_an_exception_that_cannot_be_read_is_told_as_text():
 
 
 def test_credentials_that_botocore_cannot_renew_say_so():
-    failure = failures.from_credentials(RuntimeError("the SSO session has expired"))
+    failure = lambda_answers.from_credentials(RuntimeError("the SSO session has expired"))
     assert failure.kind is FailureKind.EXPIRED
     text = str(shown(failure, ""))
     assert "the SSO session has expired" in text
@@ -190,18 +192,18 @@ def test_other_answers_are_fatal(status):
 
 @pytest.mark.parametrize("body", [b"", b"<html>Bad gateway</html>", b"null", b"[1]", b"\xff\xfe"])
 def test_an_answer_that_is_not_json_is_quoted(body):
-    failure = failures.from_response(502, body, "f", "r")
+    failure = lambda_answers.from_response(502, body, "f", "r")
     assert failure.kind is FailureKind.TRANSIENT
     assert "502" in str(shown(failure))
 
 
 def test_a_broken_connection_is_transient():
-    failure = failures.from_network(ConnectionResetError(104, "Connection reset by peer"))
+    failure = lambda_answers.from_network(ConnectionResetError(104, "Connection reset by peer"))
     assert failure.kind is FailureKind.TRANSIENT
     text = str(shown(failure))
     assert "ConnectionResetError: [Errno 104] Connection reset by peer" in text
     assert "dask-lambda.endpoint-url" in text
-    assert "(TimeoutError)" in str(shown(failures.from_network(TimeoutError())))
+    assert "(TimeoutError)" in str(shown(lambda_answers.from_network(TimeoutError())))
 
 
 # -- the environment was lost --------------------------------------------------------------------

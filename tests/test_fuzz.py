@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from obstore.store import MemoryStore
 
-from dask_lambda import errors, failures, replies
+from dask_lambda import errors, failures, lambda_answers, replies
 from dask_lambda.events import Failure
 from lambda_worker import codec, handler, protocol
 from lambda_worker.errors import DaskLambdaError, IntegrityError
@@ -353,8 +353,8 @@ def read(record: dict[str, Any]) -> None:
 @given(st.integers(100, 599), st.binary(max_size=200) | JSON.map(lambda j: json.dumps(j).encode()))
 def test_any_answer_of_the_api_becomes_a_failure(status: int, body: bytes) -> None:
     for failure in (
-        failures.from_response(status, body, "f", "r"),
-        failures.from_function_error(body, "log", 128),
+        lambda_answers.from_response(status, body, "f", "r"),
+        lambda_answers.from_function_error(body, "log", 128),
         failures.from_foreign_reply(body, "f"),
     ):
         assert isinstance(failures.to_exception(failure, "y", {}), errors.DaskLambdaError)

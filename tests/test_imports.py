@@ -33,6 +33,7 @@ ENGINE = [
         "local_modules",
         "pickling",
         "lease",
+        "lambda_answers",
         "failures",
         "replies",
         "state",
@@ -100,7 +101,17 @@ PURE = [
         "graph",
         "cost_model",
     ),
-    *("kernels", "failures", "replies", "cost", "simulate", "bounds", "timeline", "aws_model"),
+    *(
+        "kernels",
+        "failures",
+        "lambda_answers",
+        "replies",
+        "cost",
+        "simulate",
+        "bounds",
+        "timeline",
+        "aws_model",
+    ),
     *("prices", "forecast"),
 ]
 WORLD = {
