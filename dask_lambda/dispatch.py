@@ -1,7 +1,7 @@
 """Carrying out the state machine's instructions: the only place where the engine meets the world.
 
-May import: loop_thread, sending, warming, objects, stored, run, kept_folder, kept_runs, reuse,
-state, plan, graph, encode, local_modules, failures, the ground.
+May import: opening, ending, access, loop_thread, sending, warming, objects, run, kept_runs, reuse,
+state, plan, graph, failures, the ground.
 
 An :class:`Engine` is one loop in one background thread (:mod:`dask_lambda.loop_thread`).  All runs
 of a scheduler share it, with its connection pool and its window.  The state machine and everything
@@ -17,22 +17,19 @@ import math
 import os
 import secrets as tokens
 import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from dask_lambda import errors, failures
-from dask_lambda.config import MAX_MEMORY
+from dask_lambda.access import Access
 from dask_lambda.cost import Architecture, Prices
-from dask_lambda.encode import Encoder
+from dask_lambda.ending import Endings
 from dask_lambda.events import (
-    PATIENCE,
     Accept,
-    Budget,
     Discard,
     Done,
     Event,
@@ -43,34 +40,29 @@ from dask_lambda.events import (
     InvocationEnded,
     Invoke,
     Release,
-    RunCancelled,
     RunDrained,
     RunEnded,
     Stalled,
     TimePassed,
     Wake,
 )
-from dask_lambda.graph import Graph, short
-from dask_lambda.kept_folder import Folder, Inventory, survey, write_manifest
-from dask_lambda.kept_runs import KeptRun, Place
-from dask_lambda.local_modules import LocalModules
-from dask_lambda.loop_thread import CLOSED, LoopThread, claim_process
+from dask_lambda.graph import short
+from dask_lambda.kept_runs import Place
+from dask_lambda.loop_thread import CLOSED, LoopThread
 from dask_lambda.objects import Objects
+from dask_lambda.opening import GraphTerms, RunMaker, Terms
 from dask_lambda.plan import Group, Plan
 from dask_lambda.reuse import apart
 from dask_lambda.run import (
-    Learn,
     Result,
     Run,
     RunFailed,
-    RunSucceeded,
     Sealed,
     fetch_sealed,
 )
 from dask_lambda.sending import Backend, Sender
 from dask_lambda.splitting import split
 from dask_lambda.state import State
-from dask_lambda.stored import tell_whose
 from dask_lambda.warming import WarmReport, warm
 from lambda_worker import protocol
 from lambda_worker.errors import StoreError
@@ -103,15 +95,6 @@ def _smaller(run: Run, group: Group) -> list[Group]:
     return parts if run.folder is None else apart(run.graph, run.plan.repeated, parts)
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Make errors of ours of what S3 says."""
-    try:
-        yield
-    except StoreError as error:
-        raise failures.to_exception(failures.from_store_error(error), "", {}) from error
-
-
 class Engine(LoopThread):
     """Runs graphs.
 
@@ -142,11 +125,13 @@ class Engine(LoopThread):
         self.prices = prices or Prices()
         self._architecture = architecture
         self._runs: dict[str, Run] = {}
-        self._modules: set[str] = set()  # local ones that runs have needed
         self._fetching = asyncio.Semaphore(FETCHES)
         self._store = Store(backend.bucket)
         self._sender = Sender(backend, self.prices, architecture)
-        self._objects = Objects(self._store, self.place, self._spawn, self.load, backend.refresh)
+        self._objects = Objects(self._store, self.place, self._spawn, self._load, backend.refresh)
+        self._maker = RunMaker(backend, self._sender, self._secret_of)
+        self._endings = Endings(self._runs, self._objects, self.prices, self.handle, self._spawn)
+        self.access = Access(self, self._objects)
 
     @property
     def usual_prices(self) -> Prices:
@@ -163,56 +148,16 @@ class Engine(LoopThread):
         DaskLambdaError
             FunctionNotFoundError, BucketNotFoundError, AccessDeniedError or InvocationError.
         """
-        self._ask(self._open())
+        self.ask(self._open())
 
-    def start(
-        self,
-        plan: Plan,
-        *,
-        inline_bytes: int,
-        compression: protocol.Compression = "none",
-        keep_results: bool = False,
-        watch: bool = False,
-        watch_values: bool = False,
-        learn: Learn | None = None,
-        speculate: bool = False,
-        patience: float = PATIENCE,
-        max_cost_usd: float | None = None,
-        max_seconds: float | None = None,
-        memory_mb: int = MAX_MEMORY,
-        folder: Folder | None = None,
-        modules: Mapping[str, Sequence[str]] | None = None,
-    ) -> Run:
-        """Start a run.
+    def start(self, plan: Plan, **terms: Unpack[GraphTerms]) -> Run:
+        """Start the run of one graph.
 
         Parameters
         ----------
         plan : Plan
-        inline_bytes : int
-            Results up to this size travel in the reply.
-        compression : {"none", "zstd"}
-            Of larger ones, and of large data that tasks read.
-        keep_results : bool
-            Leave the results in S3, in place of fetching them.
-        watch : bool
-            Tell of each task in ``Run.events``; with ``watch_values``, which needs a plan of single
-            tasks, with its value.
-        learn : callable, optional
-            Told what the workers measured.
-        speculate : bool
-            Send an invocation once more that takes conspicuously long.
-        patience : float
-            Seconds for which a group is tried while the network or AWS fails.
-        max_cost_usd, max_seconds : float, optional
-            The run is stopped before it exceeds them.
-        memory_mb : int
-            Of the usual function, as far as is known before it says so itself: for its price.
-        folder : Folder, optional
-            Where the run's objects are, if they outlive it.  Then all results go there, and
-            ``inline_bytes`` is for the graph's own data.
-        modules : dict, optional
-            What of the user's own modules travels with the tasks: names and patterns for
-            ``"include"`` and ``"exclude"`` (:class:`~dask_lambda.local_modules.LocalModules`).
+        **terms
+            See :class:`~dask_lambda.opening.GraphTerms`.
 
         Raises
         ------
@@ -221,112 +166,32 @@ class Engine(LoopThread):
         InvocationError
             If the engine is closed.
         """
-        readers = Counter(key for group in plan.groups for key in group.inputs)
-        objects: dict[str, Any] = {}
-        if folder is not None:
-            objects = {
-                "secret": folder.record.secret,
-                "prefix": folder.prefix,
-                "run": folder.record.run,
-                "label": folder.label,
-                "once": folder.once,
-                "present": folder.data,
-                "inline_literals": inline_bytes,
-            }
-            inline_bytes = 0
-        run = Run(
-            **self._equipment(plan, compression, modules, **objects),
-            inline_bytes=inline_bytes,
-            keep_results=keep_results,
-            watch=watch,
-            watch_values=watch_values,
-            shared=frozenset(key for key, count in readers.items() if count > 1),
-            learn=learn,
-            speculate=speculate,
-            patience=patience,
-            max_cost_usd=max_cost_usd,
-            max_seconds=max_seconds,
-            memory_mb=memory_mb,
-            folder=folder,
-        )
+        run = self._maker.of_plan(plan, **terms)
         self.post(self._start, run)
         return run
 
     def open_run(
-        self,
-        kind: type[R],
-        *,
-        inline_bytes: int,
-        compression: protocol.Compression = "none",
-        speculate: bool = False,
-        patience: float = PATIENCE,
-        max_cost_usd: float | None = None,
-        max_seconds: float | None = None,
-        memory_mb: int = MAX_MEMORY,
-        modules: Mapping[str, Sequence[str]] | None = None,
-        shown: Callable[[Key], str] = short,
-        **fields: Any,
+        self, kind: Callable[..., R], shown: Callable[[Key], str] = short, **terms: Unpack[Terms]
     ) -> R:
         """Start a run to which tasks are added while it goes on, each with an end of its own.
 
         Parameters
         ----------
-        kind : type
-            Of the run, whose further ``fields`` are given.
-        inline_bytes, compression, speculate, patience, max_cost_usd, max_seconds, memory_mb
-            As for :meth:`start`.
-        modules : dict, optional
-            The same.
+        kind : callable
+            The class of the run, perhaps with further fields.
         shown : callable
             How users know a key.
+        **terms
+            See :class:`~dask_lambda.opening.Terms`.
+
+        Raises
+        ------
+        ConfigurationError, InvocationError
+            As for :meth:`start`.
         """
-        graph = Graph({}, {}, {}, {}, frozenset(), {})
-        plan = Plan((), frozenset(), (), frozenset(), graph)
-        run = kind(
-            **self._equipment(plan, compression, modules, forgetful=True, shown=shown),
-            inline_bytes=inline_bytes,
-            keep_results=False,
-            watch=True,
-            watch_values=False,
-            shared=frozenset(),
-            speculate=speculate,
-            patience=patience,
-            max_cost_usd=max_cost_usd,
-            max_seconds=max_seconds,
-            memory_mb=memory_mb,
-            **fields,
-        )
+        run = self._maker.open_ended(kind, shown, **terms)
         self.post(self._open_run, run)
         return run
-
-    def _equipment(
-        self,
-        plan: Plan,
-        compression: protocol.Compression,
-        modules: Mapping[str, Sequence[str]] | None,
-        **objects: Any,
-    ) -> dict[str, Any]:
-        """Return what every run needs: its name and secret, a store, an encoder."""
-        name, secret = tokens.token_hex(16), objects.pop("secret", None) or tokens.token_bytes(32)
-        store = Store(self.backend.bucket)
-        encoder = Encoder(
-            plan.graph,
-            store,
-            bucket=self.backend.bucket_name,
-            secret=secret,
-            secret_of=self._secret_of,
-            compression=compression,
-            modules=LocalModules(**(modules or {}), remembered=self._modules),
-            **{"prefix": self.backend.prefix, "run": name, **objects},
-        )
-        return {
-            "graph": plan.graph,
-            "plan": plan,
-            "store": store,
-            "encoder": encoder,
-            "name": name,
-            "secret": secret,
-        }
 
     def warm(self, count: int, memory_mb: int) -> WarmReport:
         """Start environments of the usual function.
@@ -351,7 +216,7 @@ class Engine(LoopThread):
                 "as may be in flight (dask-lambda.concurrency)"
             )
         invoker = self.backend.invokers[0]
-        report: WarmReport = self._ask(
+        report: WarmReport = self.ask(
             warm(invoker, count, memory_mb, self.prices, self._architecture)
         )
         return report
@@ -378,7 +243,7 @@ class Engine(LoopThread):
         if value.data is not None:
             return Sealed(value.data, run.secret, value.name)
         work = partial(fetch_sealed, run.store, value, run.secret)
-        with _translated():
+        with failures.translated():
             async with self._fetching:
                 return await self._objects.patiently(run.patience, work)
 
@@ -392,61 +257,9 @@ class Engine(LoopThread):
         with self._lock:
             if self.closed:  # which ends every run
                 return
-            done = self._call(self._cancel(run))
+            done = self._call(self._endings.cancel(run))
         with suppress(TimeoutError, CancelledError):
             done.result(patience)
-
-    def load(self, reference: Reference) -> Any:
-        """Load a stored result, in any other thread than the engine's.
-
-        Raises
-        ------
-        DaskLambdaError
-            LostDataError, IntegrityError, or what else S3 says.
-        """
-        claim_process()
-        secret = self._objects.secret_of(reference)
-        work = partial(fetch_sealed, self._store, reference, secret)
-        try:
-            with _translated():
-                sealed: Sealed = self._ask(self._objects.patiently(PATIENCE, work))
-        except (errors.LostDataError, errors.IntegrityError) as error:
-            tell_whose(error)
-            raise
-        return sealed.load()
-
-    def adopt(self, record: KeptRun) -> None:
-        """Take note of a kept run, so that references to its objects can be loaded."""
-        self._objects.adopt(record.run, record.secret)
-
-    def write(self, name: str, data: bytes | bytearray) -> None:
-        """Write an object of a kept run, at whose name there is nothing yet.
-
-        Raises
-        ------
-        DaskLambdaError
-        """
-        with _translated():
-            self._ask(self._objects.patiently(PATIENCE, partial(self._store.put_async, name, data)))
-
-    def survey(self, record: KeptRun) -> Inventory:
-        """See what a kept run has in the bucket; what means nothing any more is deleted.
-
-        Raises
-        ------
-        DaskLambdaError
-            If the bucket cannot be read.
-        """
-        found: Inventory = self._ask(self._survey(record))
-        return found
-
-    def delete(self, names: Iterable[str]) -> None:
-        """Delete objects of kept runs now."""
-        self._ask(self._objects.delete(self._store, list(names)))
-
-    def forget(self, name: str) -> None:
-        """Delete a stored result that nobody refers to any more."""
-        self.wake(partial(self._objects.forget, name))
 
     def close(self) -> None:
         """Cancel all runs, delete all that is stored, end the thread.  Idempotent."""
@@ -472,6 +285,9 @@ class Engine(LoopThread):
         time.sleep(REST_SECONDS)
 
     # -- in the engine's thread ------------------------------------------------------------------
+
+    def _load(self, reference: Reference) -> Any:
+        return self.access.load(reference)
 
     def _secret_of(self, reference: Reference) -> bytes:
         """Return the secret of a stored result, also of one of a run that goes on."""
@@ -506,14 +322,6 @@ class Engine(LoopThread):
                 await invoker.close()
             raise failures.to_exception(failure, "", {})
 
-    async def _survey(self, record: KeptRun) -> Inventory:
-        self._objects.adopt(record.run, record.secret)
-        with _translated():
-            found = await survey(self._store, record)
-            await write_manifest(self._store, record)
-        await self._objects.delete(self._store, sorted(found.rubbish))
-        return found
-
     def _start(self, run: Run) -> None:
         self._runs[run.name] = run
         if not run.keep_results:
@@ -530,17 +338,8 @@ class Engine(LoopThread):
                 batch=auto,
                 speculate=run.speculate,
                 patience=run.patience,
-                budget=self._budget(run),
+                budget=self._maker.budget(run),
             )
-        )
-
-    def _budget(self, run: Run) -> Budget | None:
-        if run.max_cost_usd is None and run.max_seconds is None:
-            return None
-        return Budget(
-            math.inf if run.max_cost_usd is None else run.max_cost_usd,
-            math.inf if run.max_seconds is None else run.started + run.max_seconds,
-            tuple(self._sender.usd_second(i, run.memory_mb) for i in self.backend.invokers),
         )
 
     def _open_run(self, run: Run) -> None:
@@ -567,7 +366,7 @@ class Engine(LoopThread):
                 batch=True,
                 speculate=run.speculate,
                 patience=run.patience,
-                budget=self._budget(run),
+                budget=self._maker.budget(run),
                 isolated=True,
                 given=given,
             )
@@ -601,9 +400,7 @@ class Engine(LoopThread):
                 case Release(name, keys):
                     self._objects.release(self._runs[name], keys)
                 case RunEnded(name, failure, group):
-                    run = self._runs[name]
-                    run.over = True
-                    self._spawn(self._finish(run, failure, group))
+                    self._endings.ended(self._runs[name], failure, group)
                 case RunDrained(name):
                     self._runs[name].drained.set()
                 case Wake(at):
@@ -701,9 +498,7 @@ class Engine(LoopThread):
     def _fetched(self, run: Run, task: asyncio.Task[None]) -> None:
         """End a run whose result cannot be had, without waiting for the rest."""
         if not task.cancelled() and task.exception() is not None and not run.over:
-            run.over = True
-            self.handle(RunCancelled(run.name))
-            self._spawn(self._finish(run, None, None))  # which raises it
+            self._endings.give_up(run)
 
     async def _fetch_result(self, run: Run, key: Key, value: Value) -> None:
         async with self._fetching:
@@ -718,70 +513,10 @@ class Engine(LoopThread):
             work = partial(fetch_sealed, run.store, reference, secret)
             run.results[key] = await self._objects.patiently(run.patience, work)
 
-    async def _finish(self, run: Run, failure: Failure | None, group: Group | None) -> None:
-        """Tell the caller the outcome, when nothing of the run is left in the bucket."""
-        outcome: RunSucceeded | RunFailed = RunSucceeded()
-        if failure is None:
-            try:
-                await asyncio.gather(*run.fetches)
-                if run.keep_results and not run.abandoned:
-                    await self._objects.keep(run)
-                if run.abandoned:  # nobody will refer to them
-                    for value in run.kept.values():
-                        self._objects.forget(value.name)
-                if run.folder is not None:
-                    run.folder.succeeded = not run.abandoned
-            except asyncio.CancelledError:  # of the fetches, or of all of this
-                if not run.abandoned:
-                    raise
-                failure = Failure(FailureKind.FATAL, errors.InvocationError("it was cancelled"))
-            except StoreError as error:
-                failure = failures.from_store_error(error)
-            except Exception as error:  # noqa: BLE001  the caller raises it
-                failure = Failure(FailureKind.FATAL, error)
-        if failure is not None:
-            for fetch in run.fetches:
-                fetch.cancel()
-            if failure.kind is FailureKind.BUDGET:
-                failure = self._over_budget(run)
-            key = short(group.outputs[-1]) if group else ""
-            exception = failures.to_exception(failure, key, {run.encoder.run: run.secret})
-            outcome = RunFailed(exception)
-        await self._objects.sweep(run)
-        run.ended.set()
-        run.events.put(outcome)
-        await self._bury(run)
-
-    def _over_budget(self, run: Run) -> Failure:
-        limits = {"max_cost_usd": run.max_cost_usd, "max_seconds": run.max_seconds}
-        said = " and ".join(f"{name}={value:g}" for name, value in limits.items() if value)
-        usd = run.counts.usd(run.store.counts, self.prices)
-        again = "" if run.folder is None else run.folder.again
-        return failures.from_budget(usd, time.monotonic() - run.started, said, again)
-
-    async def _cancel(self, run: Run) -> None:
-        run.abandoned = True
-        for fetch in run.fetches:
-            fetch.cancel()
-        if run.over:  # all has been computed, or it has failed
-            await run.ended.wait()
-            return
-        run.over = True
-        self.handle(RunCancelled(run.name))
-        await self._objects.sweep(run)
-        run.ended.set()
-        self._spawn(self._bury(run))
-
-    async def _bury(self, run: Run) -> None:
-        """Delete what the last invocations in flight have written, and forget the run."""
-        await run.drained.wait()
-        await self._objects.sweep(run)
-        self._runs.pop(run.name, None)
-
     async def _close(self) -> None:
         for run in list(self._runs.values()):
             if not run.over:
-                await self._cancel(run)
+                await self._endings.cancel(run)
                 run.events.put(RunFailed(errors.InvocationError(CLOSED)))
         deadline = self._loop.time() + CLOSE_SECONDS
         while self._runs and self._loop.time() < deadline:

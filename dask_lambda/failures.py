@@ -11,7 +11,8 @@ replies that a group failed (:func:`from_record`); S3 fails on the client
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -356,6 +357,15 @@ def from_store_error(error: StoreError) -> Failure:
     if error.kind == "expired":
         return expired(str(error))
     return _store_failure(error.kind, str(error))
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise what S3 could not do as one of our errors."""
+    try:
+        yield
+    except StoreError as error:
+        raise to_exception(from_store_error(error), "", {}) from error
 
 
 def _store_failure(kind: str, message: str) -> Failure:

@@ -97,7 +97,7 @@ class LoopThread:
                 raise errors.InvocationError(CLOSED)
             return self._call(work)
 
-    def _ask(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def ask(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Have something done in the engine's thread, and wait for it.
 
         Raises

@@ -38,7 +38,7 @@ MAX_DROPS = 3
 
 
 class Bucket(Protocol):
-    """What looks into the bucket: the engine."""
+    """What looks into the bucket: the engine's access to it."""
 
     def survey(self, record: KeptRun) -> Inventory:
         """See what a kept run has there."""

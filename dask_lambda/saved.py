@@ -127,9 +127,9 @@ def load(name: str, *, scheduler: Any = None) -> Any:
     record = kept_runs.read(name)
     if record is None or record.saved is None:
         raise ConfigurationError(_nothing_saved(name, record))
-    engine = chosen(scheduler, "collections are saved and loaded by").open_kept(record)
+    bucket = chosen(scheduler, "collections are saved and loaded by").open_kept(record)
     try:
-        value = engine.load(_described(record, record.saved))
+        value = bucket.load(_described(record, record.saved))
     except LostDataError as error:
         raise LostDataError(
             f"the saved collection {name!r} is gone: its objects were deleted from bucket "

@@ -23,6 +23,7 @@ from dask.local import nested_get
 
 from dask_lambda import graph as graphs
 from dask_lambda import signals
+from dask_lambda.access import Access
 from dask_lambda.annotations import Annotations
 from dask_lambda.backend import open_backend, usual_window
 from dask_lambda.callbacks import Callbacks
@@ -35,6 +36,7 @@ from dask_lambda.forecast import Estimate
 from dask_lambda.graph import Graph, short
 from dask_lambda.kept_runs import KeptRun, Place
 from dask_lambda.loop_thread import claim_process
+from dask_lambda.opening import terms_of
 from dask_lambda.plan import Group, Plan
 from dask_lambda.planner import Planner
 from dask_lambda.prices import prices_for
@@ -269,7 +271,7 @@ class LambdaScheduler:
         """
         self._compute(dsk, keys, kwargs, persist=True, resumption=resumption)
 
-    def open_kept(self, record: KeptRun) -> Engine:
+    def open_kept(self, record: KeptRun) -> Access:
         """Connect to where the objects of a kept run are, so that they can be loaded.
 
         Raises
@@ -291,8 +293,8 @@ class LambdaScheduler:
                 f"the objects of {record.name!r} are in {record.place}, not in {engine.place}, "
                 "which is configured now: use a LambdaScheduler, or settings, for that bucket"
             )
-        engine.adopt(record)
-        return engine
+        engine.access.adopt(record)
+        return engine.access
 
     def explain(self, *collections: Any, optimize_graph: bool = True) -> Plan:
         """Plan a computation without running it.
@@ -502,7 +504,7 @@ class LambdaScheduler:
             settings.resume,
             engine.place,
             engine.backend.function,
-            engine,
+            engine.access,
             keep=settings.keep,
             ended=_has_ended if settings.is_local else _never_ends,
             lasting=engine.backend.lasting,
@@ -571,19 +573,12 @@ class LambdaScheduler:
             engine = engine or self._engine(settings)
             run = engine.start(
                 plan,
-                inline_bytes=settings.inline_bytes,
-                compression=settings.compression,
                 keep_results=persist,
                 watch=bool(callbacks),
                 watch_values=callbacks.wants_values,
                 learn=planner.learn if plan.mode == "auto" else None,
-                speculate=settings.speculate,
-                patience=settings.patience,
-                max_cost_usd=settings.max_cost_usd,
-                max_seconds=settings.max_seconds,
-                memory_mb=settings.memory,
                 folder=resumption.folder(plan) if resumption is not None else None,
-                modules=settings.modules,
+                **terms_of(settings),
             )
             run.counts.reused = reused
             failed = True
@@ -704,7 +699,7 @@ def _reference(engine: Engine, run: Run, key: Key) -> Reference:
     reference = Reference(value.name, value.size)
     if run.folder is not None:  # it stays
         return reference
-    weakref.finalize(reference, engine.forget, value.name).atexit = False
+    weakref.finalize(reference, engine.access.forget, value.name).atexit = False
     return reference
 
 

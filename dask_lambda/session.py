@@ -1,6 +1,6 @@
 """A run that stays open: calls are added one by one, and each has an end of its own.
 
-May import: dispatch, run, placement, pickling, plan, graph, report, cost, config, failures, events,
+May import: dispatch, opening, run, placement, pickling, plan, graph, report, cost, config, failures, events,
 errors, the ground.
 
 A :class:`Session` is what the futures of an executor and the worker of a ``distributed`` cluster
@@ -18,9 +18,8 @@ import secrets as tokens
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,13 +34,13 @@ from dask_lambda.dispatch import Engine
 from dask_lambda.events import Failure, FailureKind, GroupsCancelled, KeysReleased, WindowChanged
 from dask_lambda.graph import short
 from dask_lambda.kept_runs import Place
+from dask_lambda.opening import terms_of
 from dask_lambda.pickling import FunctionCache
 from dask_lambda.placement import Declared, Offer, Placement, place
 from dask_lambda.plan import Group, Priority, Where
 from dask_lambda.report import CallReport, RunReport
 from dask_lambda.run import Result, Run, RunFailed, Sealed
 from lambda_worker import codec
-from lambda_worker.errors import StoreError
 from lambda_worker.protocol import Key, Reference, Value
 
 #: How long closing waits for the session's objects to be deleted, in seconds.
@@ -244,19 +243,9 @@ class Session:
         memory_mb = engine.backend.invokers[0].memory_mb or settings.memory
         self._offer = Offer.of(settings, memory_mb)
         self._told = False  # that a call does not run on Lambda
+        fields: dict[str, Any] = {"session": self, "events": _Inbox(self._hear)}
         self._run: SessionRun = engine.open_run(
-            SessionRun,
-            inline_bytes=settings.inline_bytes,
-            compression=settings.compression,
-            speculate=settings.speculate,
-            patience=settings.patience,
-            max_cost_usd=settings.max_cost_usd,
-            max_seconds=settings.max_seconds,
-            memory_mb=settings.memory,
-            modules=settings.modules,
-            shown=shown,
-            session=self,
-            events=_Inbox(self._hear),
+            partial(SessionRun, **fields), shown, **terms_of(settings)
         )
 
     # -- in any thread ---------------------------------------------------------------------------
@@ -591,7 +580,7 @@ class Session:
         run = self._run
         self._notes.add(name)
         try:
-            with _ours():
+            with failures.translated():
                 write = partial(run.store.put_async, name, sealed)
                 await self.engine.patiently(run.patience, write)
         finally:
@@ -614,7 +603,7 @@ class Session:
             run.uncertain.add(value.name)
             assert data is not None
             write = partial(run.store.put_async, value.name, data)
-            with _ours():
+            with failures.translated():
                 await self.engine.patiently(run.patience, write)
         else:
             run.inline[stored.key] = value.size
@@ -632,7 +621,7 @@ class Session:
             raise errors.LostDataError(f"the result {key!r} does not exist any more")
         if value.data is not None:
             moved = copy(value)  # whoever reads it at this moment sees the old one, or the new one
-            with _ours():
+            with failures.translated():
                 await self.engine.patiently(run.patience, partial(run.encoder.spill, moved))
             if key in run.values:
                 run.held -= run.inline.pop(key, 0)
@@ -653,15 +642,6 @@ class Session:
             call.failed(self._end, "")
         while self._submitted:
             self._submitted.popleft().call.failed(self._end, "")
-
-
-@contextmanager
-def _ours() -> Iterator[None]:
-    """Raise what S3 could not do as one of our errors."""
-    try:
-        yield
-    except StoreError as error:
-        raise failures.to_exception(failures.from_store_error(error), "", {}) from error
 
 
 class _Inbox:

@@ -200,9 +200,9 @@ def test_a_persisted_output_of_an_entangled_group_outlives_what_its_rivals_left(
     assert started.events.get(timeout=60) == RunSucceeded()
     assert len(bucket_names()) == 2
     first, second = (Reference(v.name, v.size) for v in map(started.kept.get, ("y0", "y1")) if v)
-    assert engine.load(first)[0] == engine.load(second)
+    assert engine.access.load(first)[0] == engine.access.load(second)
     for reference in (first, second):
-        engine.forget(reference.name)
+        engine.access.forget(reference.name)
 
 
 def test_what_is_kept_is_not_deleted_for_an_attempt_that_failed_late(
@@ -219,7 +219,7 @@ def test_what_is_kept_is_not_deleted_for_an_attempt_that_failed_late(
     engine._call(engine._objects.sweep(started)).result()
     kept = started.kept["y"]
     assert bucket_names() == [kept.name]
-    engine.forget(kept.name)
+    engine.access.forget(kept.name)
 
 
 # -- a reply that comes when another attempt was first -------------------------------------------
