@@ -24,7 +24,7 @@ from lambda_worker.protocol import Reference
 class Access:
     """Answers in any other thread than the engine's, in which the work is done.
 
-    All methods raise InvocationError if the engine is closed.
+    Whatever waits for an answer raises InvocationError if the engine is closed.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """The futures of an executor, and the thread in which they complete.
 
-May import: session, distant, report, errors, the ground.
+May import: session, session_run, distant, report, errors, the ground.
 
 A :class:`LambdaFuture` is a ``concurrent.futures.Future`` whose value stays where it is, in S3 or
 as the small bytes that came with the reply, until somebody asks for it.  The engine's thread tells
@@ -26,7 +26,8 @@ from dask_lambda.distant import Answer, DistantFuture, Source, answer_name
 from dask_lambda.errors import DaskLambdaError, RemoteError
 from dask_lambda.report import CallReport
 from dask_lambda.run import Sealed
-from dask_lambda.session import Session, Stored
+from dask_lambda.session import Session
+from dask_lambda.session_run import Stored
 from lambda_worker import calls, protocol
 
 logger = logging.getLogger("dask_lambda")
@@ -312,7 +313,7 @@ class LambdaFuture(Future):
 
 
 class Heard:
-    """Hears of one call in the engine's thread, and hands it on: a :class:`session.Call`."""
+    """Hears of one call in the engine's thread, and hands it on: a :class:`session_run.Call`."""
 
     __slots__ = ("_delivery", "_future")
 

@@ -1,11 +1,12 @@
 """The worker of a ``distributed`` cluster that has its tasks run on Lambda.
 
-May import: proxy_scheduler, unsupported, scheduler, session, run, annotations, graph, report, the
-ground, dask, distributed.
+May import: proxy_scheduler, unsupported, scheduler, session, session_run, run, annotations, graph,
+report, the ground, dask, distributed.
 
 A :class:`ProxyWorker` is a real worker to its scheduler, with a state machine, heartbeats and data,
 but it runs nothing itself: each task becomes a call of a :class:`~dask_lambda.session.Session`, and
-what it holds as results are :class:`~dask_lambda.session.Stored`, which know where a value is.  A
+what it holds as results are :class:`~dask_lambda.session_run.Stored`, which know where a value is.
+A
 key that is released drops its Stored, and that deletes the object in S3.  Values are loaded when a
 client gathers them, and at no other time.
 
@@ -60,7 +61,8 @@ from dask_lambda.proxy_scheduler import AHEAD
 from dask_lambda.report import CallReport
 from dask_lambda.run import Sealed
 from dask_lambda.scheduler import LambdaScheduler
-from dask_lambda.session import Session, Stored
+from dask_lambda.session import Session
+from dask_lambda.session_run import Stored
 from dask_lambda.unsupported import adapted, explained, refusal
 from lambda_worker.protocol import Key
 

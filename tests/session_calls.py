@@ -9,7 +9,8 @@ from typing import Any
 from dask._task_spec import Task, TaskRef
 
 from dask_lambda.report import CallReport
-from dask_lambda.session import Session, Stored
+from dask_lambda.session import Session
+from dask_lambda.session_run import Stored
 
 
 class Heard:

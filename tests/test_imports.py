@@ -21,7 +21,7 @@ ENGINE = [
     *("cluster", "proxy", "proxy_scheduler", "unsupported"),
     *("__init__", "cleaning", "saved"),
     *("executor", "mapping", "chains", "calling", "arguments", "futures", "distant"),
-    *("scheduler", "session", "estimation", "forecast", "resume", "planner"),
+    *("scheduler", "session", "session_run", "estimation", "forecast", "resume", "planner"),
     *("annotations", "placement"),
     *("dispatch", "opening", "ending", "access", "sending", "warming", "objects", "run"),
     *("description", "stored"),
