@@ -6,9 +6,8 @@ report, the ground, dask, distributed.
 A :class:`ProxyWorker` is a real worker to its scheduler, with a state machine, heartbeats and data,
 but it runs nothing itself: each task becomes a call of a :class:`~dask_lambda.session.Session`, and
 what it holds as results are :class:`~dask_lambda.session_run.Stored`, which know where a value is.
-A
-key that is released drops its Stored, and that deletes the object in S3.  Values are loaded when a
-client gathers them, and at no other time.
+A key that is released drops its Stored, and that deletes the object in S3.  Values are loaded when
+a client gathers them, and at no other time.
 
 distributed makes an asyncio task of each task that it runs.  Here a call is submitted at once, and
 the ends of all calls that have come since the event loop looked are told to the state machine in

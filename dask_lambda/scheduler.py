@@ -9,8 +9,7 @@ import atexit
 import logging
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -27,28 +26,24 @@ from dask_lambda.access import Access
 from dask_lambda.annotations import Annotations
 from dask_lambda.backend import open_backend, usual_window
 from dask_lambda.callbacks import Callbacks
+from dask_lambda.computation import Computation, has_ended
 from dask_lambda.config import Settings, check_names
-from dask_lambda.cost import Prices
 from dask_lambda.dispatch import Engine
 from dask_lambda.errors import ConfigurationError, IntegrityError, LostDataError
 from dask_lambda.estimation import estimate_run
 from dask_lambda.forecast import Estimate
-from dask_lambda.graph import Graph, short
-from dask_lambda.kept_runs import KeptRun, Place
+from dask_lambda.graph import short
+from dask_lambda.kept_runs import KeptRun
 from dask_lambda.loop_thread import claim_process
-from dask_lambda.opening import terms_of
-from dask_lambda.plan import Group, Plan
+from dask_lambda.plan import Plan
 from dask_lambda.planner import Planner
 from dask_lambda.prices import prices_for
-from dask_lambda.report import RunCounts, RunReport
+from dask_lambda.report import RunReport
 from dask_lambda.resume import Resumption
-from dask_lambda.reuse import all_kept, apart
-from dask_lambda.run import Run, RunFailed, RunSucceeded, TaskFinished, TaskStarted
 from dask_lambda.session import Session
 from dask_lambda.stored import stored_block, tell_whose
 from dask_lambda.warming import WarmReport
 from lambda_worker.protocol import Key, Reference
-from lambda_worker.store import Counts
 
 #: Settings that may be given for one computation: ``x.compute(scheduler=lambda_get, retries=3)``.
 CALL_SETTINGS = frozenset(
@@ -58,9 +53,6 @@ CALL_SETTINGS = frozenset(
         *("resume", "keep", "modules"),
     }
 )
-
-#: How long Ctrl-C waits for the objects of the run to be deleted, in seconds.
-CANCEL_SECONDS = 0.8
 
 #: Keywords that resemble a setting so much (difflib's ratio) are taken for slips of the pen.
 SIMILAR = 0.75
@@ -284,7 +276,7 @@ class LambdaScheduler:
         settings = self._settings({})
         engine = self._engine(settings)
         if record.place != engine.place:
-            if settings.is_local and _has_ended(record.place):
+            if settings.is_local and has_ended(record.place):
                 raise LostDataError(
                     f"nothing is left of {record.name!r}: the embedded AWS that had its objects "
                     "has ended ('dask-lambda local start' keeps one running)"
@@ -453,11 +445,13 @@ class LambdaScheduler:
                 annotations = Annotations(dsk)
                 if resumption is None and (settings.resume is not None or settings.keep):
                     resumption = Resumption
-                arguments = (graph, settings, annotations, callbacks, started, persist)
+                computation = Computation(
+                    settings, annotations, callbacks, persist, self._engine, self._note, started
+                )
                 if resumption is None:
-                    values = self._run(*arguments)
+                    values = computation.run(graph)
                 else:
-                    values = self._run_named(*arguments, resumption)
+                    values = computation.run_named(graph, resumption)
                 failed = False
             except (LostDataError, IntegrityError) as error:
                 tell_whose(error)
@@ -486,153 +480,9 @@ class LambdaScheduler:
                 logger.log(level, "the keyword %r means nothing to this scheduler%s", name, also)
         return Settings.resolve(**overrides)
 
-    def _run_named(
-        self,
-        graph: Graph,
-        settings: Settings,
-        annotations: Annotations,
-        callbacks: Callbacks,
-        started: float,
-        persist: bool,
-        make: Callable[..., Resumption],
-    ) -> dict[Key, Any]:
-        """Run what earlier computations of the same name have not done yet."""
-        engine = self._engine(settings)
-        if callbacks.wants_values:
-            settings = replace(settings, plan="none")
-        resumption = make(
-            settings.resume,
-            engine.place,
-            engine.backend.function,
-            engine.access,
-            keep=settings.keep,
-            ended=_has_ended if settings.is_local else _never_ends,
-            lasting=engine.backend.lasting,
-        )
-        with resumption:
-            resumption.prepare(graph)
-            planner = Planner.of(graph, replace(settings, inline_bytes=0), annotations, engine)
-            resumption.identify(graph, planner.cut(finalise=not persist), references=persist)
-            while True:
-                # Who wants to see the values of tasks would miss those of tasks that do not run.
-                left = resumption.begin(anew=callbacks.wants_values)
-                if callbacks:
-                    for key in left.skipped:
-                        if key in graph.source:
-                            callbacks.task_started(key)
-                            callbacks.task_finished(key, None)
-                try:
-                    values = self._run(
-                        left.graph,
-                        settings,
-                        annotations,
-                        callbacks,
-                        started,
-                        persist,
-                        resumption=resumption,
-                        reused=len(left.skipped),
-                    )
-                except (LostDataError, IntegrityError) as error:
-                    if not resumption.drop(error):
-                        raise
-                else:
-                    resumption.succeed(values)
-                    return values
-
-    def _run(
-        self,
-        graph: Graph,
-        settings: Settings,
-        annotations: Annotations,
-        callbacks: Callbacks,
-        started: float,
-        persist: bool,
-        resumption: Resumption | None = None,
-        reused: int = 0,
-    ) -> dict[Key, Any]:
-        """Run a graph; return the values of its outputs by their resolved keys."""
-        named = resumption is not None
-        engine = self._engine(settings) if graph.tasks else None
-        if engine is None or callbacks.wants_values:  # which only single tasks can show
-            settings = replace(settings, plan="none")
-        planned = replace(settings, inline_bytes=0) if named else settings
-        planner = Planner.of(graph, planned, annotations, engine)
-        plan = planner.plan(finalise=not persist, cut=not named)
-        planner.tell()
-        if resumption is not None:
-            groups: Iterable[Group] = plan.groups
-            if settings.keep:
-                groups = [all_kept(each, plan.repeated) for each in groups]
-            groups = apart(plan.graph, plan.repeated, groups)
-            plan = replace(plan, groups=tuple(groups))
-        values = {key: graph.literals[key] for key in plan.fetch if key in graph.literals}
-        if persist:
-            for key in plan.fetch & graph.stored.keys():
-                values[key] = graph.stored[key]
-        if len(values) < len(plan.fetch) or named:
-            engine = engine or self._engine(settings)
-            run = engine.start(
-                plan,
-                keep_results=persist,
-                watch=bool(callbacks),
-                watch_values=callbacks.wants_values,
-                learn=planner.learn if plan.mode == "auto" else None,
-                folder=resumption.folder(plan) if resumption is not None else None,
-                **terms_of(settings),
-            )
-            run.counts.reused = reused
-            failed = True
-            try:
-                self._follow(run, callbacks)
-                failed = False
-            except BaseException:  # Ctrl-C among them
-                engine.cancel(run, CANCEL_SECONDS)
-                raise
-            finally:
-                report = self._report(run.counts, run.store.counts, started, failed, engine.prices)
-                if resumption is not None:
-                    resumption.spent(report)
-            for key in plan.fetch - values.keys():
-                if persist:
-                    values[key] = _reference(engine, run, key)
-                else:
-                    values[key] = run.load(key)
-        else:  # all that is asked for is at hand
-            prices = prices_for(settings.region, settings.prices)
-            self._report(RunCounts(), Counts(), started, False, prices)
-        for key in plan.client:
-            if callbacks:
-                callbacks.task_started(key)
-            task = graph.tasks[key]
-            values[key] = task({d: values[graph.resolve(d)] for d in task.dependencies})
-            if callbacks:
-                callbacks.task_finished(key, values[key])
-        return values
-
-    def _follow(self, run: Run, callbacks: Callbacks) -> None:
-        """Listen to a run until it is over."""
-        while True:
-            match run.events.get():
-                case TaskStarted(key):
-                    callbacks.task_started(key)
-                case TaskFinished(key, sealed):
-                    value = None
-                    if sealed is not None and callbacks.wants_values:
-                        value = sealed.load()
-                    callbacks.task_finished(key, value)
-                case RunSucceeded():
-                    return
-                case RunFailed(exception):
-                    raise exception
-
-    def _report(
-        self, counts: RunCounts, client: Counts, started: float, failed: bool, prices: Prices
-    ) -> RunReport:
-        seconds = time.perf_counter() - started
-        report = counts.report(client, seconds, failed=failed, prices=prices)
+    def _note(self, report: RunReport) -> None:
         self.last_report = report
         note_report(report)
-        return report
 
     # -- the engine ------------------------------------------------------------------------------
 
@@ -680,27 +530,6 @@ def _connection(settings: Settings) -> tuple[Any, ...]:
         settings.architecture,
         executor if isinstance(executor := settings.local_executor, str) else id(executor),
     )
-
-
-def _has_ended(place: Place) -> bool:
-    """Whether a place was that of an embedded AWS which is not the one that is kept running."""
-    from dask_lambda.local_shared import shared_status
-
-    shared = shared_status()
-    return shared is None or shared.endpoint_url != place.endpoint_url
-
-
-def _never_ends(place: Place) -> bool:
-    return False
-
-
-def _reference(engine: Engine, run: Run, key: Key) -> Reference:
-    value = run.kept[key]
-    reference = Reference(value.name, value.size)
-    if run.folder is not None:  # it stays
-        return reference
-    weakref.finalize(reference, engine.access.forget, value.name).atexit = False
-    return reference
 
 
 def _node(key: Key, value: Any) -> Any:
