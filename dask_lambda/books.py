@@ -1,7 +1,7 @@
 """What the state machine remembers: runs, their groups and data, invocations in flight.  Pure.
 
-May import: events, pace, plan, the ground.  The records know their own sums; what to do is decided
-in :mod:`dask_lambda.state`.
+May import: events, pace, policy, plan, the ground.  The records know their own sums; what to do is
+decided in :mod:`dask_lambda.state`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from dask_lambda.events import PATIENCE, Budget, Failure, FailureKind
-from dask_lambda.pace import TRUST, Pace
+from dask_lambda.pace import TRUST, Pace, batch_size
 from dask_lambda.plan import Group, Priority, Where
+from dask_lambda.policy import Policy
 from lambda_worker.protocol import Key
 
 #: Sums of dollars are exact up to so much of them.
@@ -141,6 +142,29 @@ class RunBook:
     def has_local(self) -> bool:
         """Whether one could be started outside of Lambda."""
         return _has_any(self.local)
+
+    def next_jobs(self, limit: int, policy: Policy) -> tuple[Job, ...]:
+        """Take the groups of the next invocation from those that are ready.
+
+        Parameters
+        ----------
+        limit : int
+            Invocations that may be in flight.
+        policy : Policy
+        """
+        ready = self.ready
+        first = heapq.heappop(ready)[2]
+        if not self.batch or not ready or first.tries:  # who was tried before goes alone
+            return (first,)
+        spec = first.spec
+        size = batch_size(self.pace_of(spec), spec.seconds, len(ready) + 1, limit, policy)
+        jobs = [first]
+        while len(jobs) < size and self.has_ready():
+            other = ready[0][2]
+            if other.tries or other.spec.kind != spec.kind or other.rung != first.rung:
+                break
+            jobs.append(heapq.heappop(ready)[2])
+        return tuple(jobs)
 
     def pace_of(self, spec: Group) -> Pace:
         """Return what is known of groups of the same kind in the same place."""

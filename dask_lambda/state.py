@@ -1,6 +1,6 @@
 """Who runs when: the engine's decisions, as a pure state machine.
 
-May import: books, events, window, pace, policy, plan.
+May import: books, outputs, events, window, policy, plan.
 
 Events go in, instructions come out; there is no clock, no socket, no thread and no randomness
 but a seeded one.  Time is an argument.  So every rule about order, concurrency, retries,
@@ -60,6 +60,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from dask_lambda import outputs
 from dask_lambda.books import Datum, Flight, Job, LocalRoom, RunBook
 from dask_lambda.events import (
     Accept,
@@ -84,7 +85,6 @@ from dask_lambda.events import (
     Wake,
     WindowChanged,
 )
-from dask_lambda.pace import batch_size
 from dask_lambda.plan import Group
 from dask_lambda.policy import Policy
 from dask_lambda.window import Window
@@ -164,7 +164,7 @@ class State:
             case GroupsCancelled():
                 self._cancel_groups(event, out)
             case KeysReleased(name, keys):
-                self._release(name, keys, out)
+                self._let_go(name, keys, out)
             case RunCancelled(name):
                 run = self._runs.get(name)
                 if run is not None and not run.ended:
@@ -215,41 +215,24 @@ class State:
         data = run.data
         for key in event.given:
             data[key] = Datum(available=True, keep=True)
-        for spec in event.groups:
-            for key in spec.outputs:
-                data.setdefault(key, Datum())
+        outputs.expect(run, event.groups)
         for key in event.keep & data.keys():
             data[key].keep = True
         self._enter(run, event.groups, out)
         if closing:  # until now somebody might still have come to read these
-            idle = [k for k, d in data.items() if d.available and not d.readers and not d.keep]
-            for key in idle:
-                del data[key]
-            if idle:
-                out.append(Release(run.name, tuple(idle)))
+            self._release(run, outputs.unread(run), out)
         self._end_if_done(run, out)
 
     def _enter(
         self, run: RunBook, groups: Sequence[Group], out: list[Instruction], rung: int = 0
     ) -> None:
-        data = run.data
-        for spec in groups:
-            for key in spec.outputs:
-                data.setdefault(key, Datum())
+        outputs.expect(run, groups)
         run.unfinished += len(groups)
         for spec in groups:
             job = Job(spec, run, 0, rung)
             if run.isolated:
                 run.jobs.update(dict.fromkeys(spec.outputs, job))
-            failed = None
-            for key in spec.inputs:
-                datum = data[key]
-                datum.readers += 1
-                if datum.failed is not None:
-                    failed = datum.failed
-                elif not datum.available:
-                    datum.waiting.append(job)
-                    job.missing += 1
+            failed = outputs.await_inputs(job)
             if failed is not None:
                 self._give_up(job, *failed, out)
             elif not job.missing:
@@ -276,7 +259,7 @@ class State:
                     continue
                 out.append(Accept(run.name, job.spec, outcome.result))
                 flight.pace.done(outcome.seconds, event.usd * share, (now - flight.started) * share)
-                self._done(job, released)
+                released += self._done(job)
             elif run.ended or job.done:
                 continue
             elif outcome.kind in _REFUSED:
@@ -290,8 +273,8 @@ class State:
         if success and not flight.is_local:
             self._last_success = now
             self.window.succeeded()
-        if released and not run.ended:
-            out.append(Release(run.name, tuple(released)))
+        if not run.ended:
+            self._release(run, released, out)
         self._end_if_done(run, out)
         if run.ended and not run.in_flight and run.name in self._runs:
             self._forget(run, out)
@@ -304,37 +287,14 @@ class State:
         """Whether a failure of several groups may be that of one, so that each is tried alone."""
         return kind in _ONE_IS_GUILTY or (run.isolated and kind is FailureKind.UNSENDABLE)
 
-    def _done(self, job: Job, released: list[Key]) -> None:
-        run, spec = job.run, job.spec
+    def _done(self, job: Job) -> list[Key]:
+        """Take note that a group is done; return what nobody reads any more."""
         job.done = True
-        run.unfinished -= 1
-        data = run.data
-        for key in spec.outputs:
-            run.jobs.pop(key, None)
-            datum = data[key]
-            datum.available = True
-            for reader in datum.waiting:
-                reader.missing -= 1
-                if not reader.missing and not reader.done:
-                    self._make_ready(reader)
-            datum.waiting.clear()
-            if not datum.readers and not datum.keep and run.releases:
-                released.append(key)
-                del data[key]
-        self._has_read(job, released)
-
-    def _has_read(self, job: Job, released: list[Key]) -> None:
-        """Take note that a group needs its inputs no more."""
-        run, data = job.run, job.run.data
-        for key in job.spec.inputs:
-            datum = data[key]
-            datum.readers -= 1
-            if not datum.readers and not datum.keep and run.releases:
-                if datum.available:
-                    released.append(key)
-                elif datum.failed is None:  # it is being made
-                    continue
-                del data[key]
+        job.run.unfinished -= 1
+        ready, released = outputs.made(job)
+        for reader in ready:
+            self._make_ready(reader)
+        return released
 
     def _split(self, job: Job) -> bool:
         """Replace a group by smaller ones; tell whether that is possible."""
@@ -347,6 +307,11 @@ class State:
         for key in spec.inputs:
             run.data[key].readers -= 1
         return True
+
+    @staticmethod
+    def _release(run: RunBook, keys: Sequence[Key], out: list[Instruction]) -> None:
+        if keys:
+            out.append(Release(run.name, tuple(keys)))
 
     # -- failures ------------------------------------------------------------------------------
 
@@ -462,7 +427,7 @@ class State:
             if run.ended or not run.has_ready():
                 run.queued = False
                 continue
-            jobs = self._next_jobs(run)
+            jobs = run.next_jobs(window.allowed, self.policy)
             if not run.can_pay(jobs, now):
                 for job in jobs:
                     self._push(job)
@@ -525,22 +490,6 @@ class State:
         for job in jobs:
             job.in_flight += 1
 
-    def _next_jobs(self, run: RunBook) -> tuple[Job, ...]:
-        """Take the groups of the next invocation from those that are ready."""
-        ready = run.ready
-        first = heapq.heappop(ready)[2]
-        if not run.batch or not ready or first.tries:  # who was tried before goes alone
-            return (first,)
-        spec, limit = first.spec, self.window.allowed
-        size = batch_size(run.pace_of(spec), spec.seconds, len(ready) + 1, limit, self.policy)
-        jobs = [first]
-        while len(jobs) < size and run.has_ready():
-            other = ready[0][2]
-            if other.tries or other.spec.kind != spec.kind or other.rung != first.rung:
-                break
-            jobs.append(heapq.heappop(ready)[2])
-        return tuple(jobs)
-
     # -- money and stragglers ------------------------------------------------------------------
 
     def _check(self, now: float, out: list[Instruction]) -> None:
@@ -589,27 +538,11 @@ class State:
 
     def _give_up(self, job: Job, failure: Failure, origin: Group, out: list[Instruction]) -> None:
         """End a group without result, and with it all that wait for its outputs."""
-        run, data = job.run, job.run.data
-        released: list[Key] = []
-        stack = [job]
-        while stack:
-            job = stack.pop()
-            if job.done:
-                continue
-            job.done = True
-            run.unfinished -= 1
-            out.append(GroupFailed(run.name, job.spec, failure, origin))
-            for key in job.spec.outputs:
-                run.jobs.pop(key, None)
-                datum = data[key]
-                datum.failed = failure, origin
-                stack += datum.waiting
-                datum.waiting.clear()
-                if not datum.readers and not datum.keep:
-                    del data[key]
-            self._has_read(job, released)
-        if released:
-            out.append(Release(run.name, tuple(released)))
+        run = job.run
+        lost, released = outputs.give_up(job, failure, origin)
+        run.unfinished -= len(lost)
+        out += [GroupFailed(run.name, each.spec, failure, origin) for each in lost]
+        self._release(run, released, out)
 
     def _cancel_groups(self, event: GroupsCancelled, out: list[Instruction]) -> None:
         run = self._runs.get(event.run)
@@ -621,23 +554,10 @@ class State:
                 self._give_up(job, event.failure, job.spec, out)
         self._end_if_done(run, out)
 
-    def _release(self, name: str, keys: Iterable[Key], out: list[Instruction]) -> None:
+    def _let_go(self, name: str, keys: Iterable[Key], out: list[Instruction]) -> None:
         run = self._runs.get(name)
-        if run is None or run.ended:
-            return
-        released = []
-        for key in keys:
-            datum = run.data.get(key)
-            if datum is None:
-                continue
-            datum.keep = False
-            if datum.readers or not (datum.available or datum.failed):
-                continue
-            if datum.available:
-                released.append(key)
-            del run.data[key]
-        if released:
-            out.append(Release(name, tuple(released)))
+        if run is not None and not run.ended:
+            self._release(run, outputs.let_go(run, keys), out)
 
     # -- the end of a run ----------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ ENGINE = [
         "failures",
         "replies",
         "state",
+        "outputs",
         "books",
         "events",
         "window",
@@ -87,6 +88,7 @@ PURE = [
     *("fingerprint", "digest", "libraries", "reuse", "lifecycle"),
     *(
         "state",
+        "outputs",
         "books",
         "events",
         "window",
@@ -222,7 +224,7 @@ def test_pure_modules_know_nothing_of_the_world(name):
 
 def test_the_state_machine_imports_the_plan_and_nothing_else_of_the_engine():
     imported = inner_imports(ROOT / "dask_lambda" / "state.py", "dask_lambda")
-    assert imported == {"books", "events", "window", "pace", "policy", "plan"}
+    assert imported == {"books", "outputs", "events", "window", "policy", "plan"}
 
 
 def test_the_state_machine_calls_no_clock_and_no_unseeded_randomness():
