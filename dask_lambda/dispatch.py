@@ -53,13 +53,7 @@ from dask_lambda.objects import Objects
 from dask_lambda.opening import GraphTerms, RunMaker, Terms
 from dask_lambda.plan import Group, Plan
 from dask_lambda.reuse import apart
-from dask_lambda.run import (
-    Result,
-    Run,
-    RunFailed,
-    Sealed,
-    fetch_sealed,
-)
+from dask_lambda.run import Result, Run, RunFailed, Sealed, fetch_sealed
 from dask_lambda.sending import Backend, Sender
 from dask_lambda.splitting import split
 from dask_lambda.state import State

@@ -16,8 +16,8 @@ from obstore.store import LocalStore
 from lambda_worker import handler, protocol
 from lambda_worker.protocol import Request
 from lambda_worker.store import Store
+from tests.handler_client import CONTEXT, RUN, Client, client, inc, name_of
 from tests.helpers import eventually
-from tests.test_handler import CONTEXT, RUN, Client, client, inc, name_of
 
 __all__ = ["client"]
 
