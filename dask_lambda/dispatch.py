@@ -169,19 +169,8 @@ class Engine(LoopThread):
     ) -> R:
         """Start a run to which tasks are added while it goes on, each with an end of its own.
 
-        Parameters
-        ----------
-        kind : callable
-            The class of the run, perhaps with further fields.
-        shown : callable
-            How users know a key.
-        **terms
-            See :class:`~dask_lambda.opening.Terms`.
-
-        Raises
-        ------
-        ConfigurationError, InvocationError
-            As for :meth:`start`.
+        For the parameters see :meth:`dask_lambda.opening.RunMaker.open_ended`; it raises what
+        :meth:`start` does.
         """
         run = self._maker.open_ended(kind, shown, **terms)
         self.post(self._open_run, run)

@@ -152,6 +152,7 @@ class RunMaker:
         shown : callable
             How users know a key.
         **terms
+            See :class:`Terms`.
         """
         graph = Graph({}, {}, {}, {}, frozenset(), {})
         plan = Plan((), frozenset(), (), frozenset(), graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,10 @@ ENGINE = [
     *("executor", "mapping", "chains", "calling", "arguments", "futures", "distant"),
     *("scheduler", "session", "session_run", "computation", "estimation", "forecast"),
     *("resume", "planner"),
-    *("annotations", "placement"),
+    *("callbacks", "annotations", "placement"),
     *("dispatch", "opening", "ending", "access", "sending", "warming", "objects", "run"),
     *("description", "stored"),
-    *("kept_folder", "kept_runs", "lifecycle"),
+    *("kept_folder", "kept_runs"),
     *("simulate", "bounds", "timeline", "aws_model"),
     "standalone",
     *(
@@ -54,6 +55,8 @@ ENGINE = [
     *("tiling", "units"),
     *("folding", "fingerprint", "digest", "libraries"),
     *("history", "estimates", "graph", "cost_model", "kernels"),
+    *("backend", "local_shared", "local", "local_start", "local_process", "local_supervisor"),
+    *("local_server", "lifecycle"),
     *("report", "config", "prices", "cost", "credentials", "loop_thread", "signals", "errors"),
 ]
 #: What is deployed to an account, likewise.  It stands beside the engine: nothing of the engine
@@ -179,6 +182,11 @@ def test_the_engine_imports_downwards(name):
     assert not inner_imports(path, "dask_lambda") & above
 
 
+def test_every_module_of_the_engine_has_its_place():
+    found = {path.stem for path in (ROOT / "dask_lambda").glob("*.py")}
+    assert found == {"__main__", *ENGINE}
+
+
 @pytest.mark.parametrize("name", PACKAGING)
 def test_packaging_imports_downwards_and_nothing_of_the_engine(name):
     path = ROOT / "dask_lambda" / "deploy" / f"{name}.py"
@@ -234,6 +242,12 @@ def test_the_state_machine_calls_no_clock_and_no_unseeded_randomness():
         c for c in calls if c.split(".")[-1] in {"monotonic", "time", "perf_counter", "now"}
     }
     assert {c for c in calls if c.startswith("random.")} == {"random.Random"}
+
+
+def test_every_module_has_its_place_in_the_architecture():
+    told = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    modules = {path.name for path in [*WORKER, *CLIENT] if not path.stem.startswith("__")}
+    assert not {name for name in modules if not re.search(rf"\b{name}", told)}
 
 
 @pytest.mark.parametrize(
