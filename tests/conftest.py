@@ -191,9 +191,21 @@ def credentials(aws: LocalAWS) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session")
+def aws_settings(aws: LocalAWS) -> dict[str, Any]:
+    """Settings with which the embedded AWS is found as AWS would be."""
+    return {
+        "backend": "aws",
+        "function": aws.function,
+        "bucket": aws.bucket,
+        "region": aws.region,
+        "endpoint_url": aws.endpoint_url,
+    }
+
+
 @pytest.fixture
 def connect(
-    aws: LocalAWS, credentials: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    aws_settings: dict[str, Any], credentials: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., dask_lambda.LambdaScheduler]]:
     """``connect(**settings)``: a scheduler that finds the embedded AWS as it would find AWS."""
     for name, value in credentials.items():
@@ -201,14 +213,7 @@ def connect(
     made: list[dask_lambda.LambdaScheduler] = []
 
     def connect(**settings: Any) -> dask_lambda.LambdaScheduler:
-        usual = {
-            "backend": "aws",
-            "function": aws.function,
-            "bucket": aws.bucket,
-            "region": aws.region,
-            "endpoint_url": aws.endpoint_url,
-            "concurrency": 2,
-        }
+        usual = {**aws_settings, "concurrency": 2}
         made.append(dask_lambda.LambdaScheduler(**{**usual, **settings}))
         return made[-1]
 

@@ -13,24 +13,12 @@ import numpy as np
 import pytest
 
 from dask_lambda import LambdaExecutor
-from dask_lambda.local import LocalAWS
 
 WAIT = 60  # seconds, for what takes some milliseconds
 LARGE = 100_000  # float64 numbers: too many to travel in a reply
 
 # As what is in test modules: a module that travels would be an object in the bucket.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-
-@pytest.fixture(scope="module")
-def settings(aws: LocalAWS) -> dict[str, Any]:
-    return {
-        "backend": "aws",
-        "function": aws.function,
-        "bucket": aws.bucket,
-        "region": aws.region,
-        "endpoint_url": aws.endpoint_url,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +30,18 @@ def _keys(credentials: dict[str, str]) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def executor(settings: dict[str, Any], _keys: None) -> Iterator[LambdaExecutor]:
-    with LambdaExecutor(4, **settings) as shared:
+def executor(aws_settings: dict[str, Any], _keys: None) -> Iterator[LambdaExecutor]:
+    with LambdaExecutor(4, **aws_settings) as shared:
         yield shared
 
 
 @pytest.fixture
-def make(settings: dict[str, Any], _keys: None) -> Iterator[Callable[..., LambdaExecutor]]:
+def make(aws_settings: dict[str, Any], _keys: None) -> Iterator[Callable[..., LambdaExecutor]]:
     """``make(max_workers)``: an executor of the test's own."""
     made: list[LambdaExecutor] = []
 
     def make(max_workers: int = 2, **others: Any) -> LambdaExecutor:
-        made.append(LambdaExecutor(max_workers, **{**settings, **others}))
+        made.append(LambdaExecutor(max_workers, **{**aws_settings, **others}))
         return made[-1]
 
     yield make

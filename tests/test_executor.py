@@ -37,11 +37,10 @@ from tests.executor_helpers import (
     make,
     marks,
     ones,
-    settings,
 )
 from tests.helpers import eventually, notes
 
-__all__ = ["_keys", "executor", "gate", "make", "marks", "settings"]
+__all__ = ["_keys", "executor", "gate", "make", "marks"]
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("without_lease")]
 uses_bucket = True

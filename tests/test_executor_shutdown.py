@@ -24,11 +24,10 @@ from tests.executor_helpers import (
     make,
     marks,
     ones,
-    settings,
 )
 from tests.helpers import eventually
 
-__all__ = ["_keys", "executor", "gate", "make", "marks", "settings"]
+__all__ = ["_keys", "executor", "gate", "make", "marks"]
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("without_lease")]
 uses_bucket = True
@@ -108,9 +107,9 @@ def test_ctrl_c_in_the_block_gives_up_everything(make, gate):
             future.result(WAIT)
 
 
-def test_an_executor_that_nobody_holds_ends_with_its_last_call(make, settings):
+def test_an_executor_that_nobody_holds_ends_with_its_last_call(make, aws_settings):
     before = threads()
-    future = LambdaExecutor(1, **settings).submit(double, 4)
+    future = LambdaExecutor(1, **aws_settings).submit(double, 4)
     gc.collect()
     assert future.result(WAIT) == 8
     assert eventually(lambda: threads() == before)
@@ -131,8 +130,8 @@ print("over")
 """
 
 
-def test_an_executor_left_open_at_exit_hangs_nothing_and_leaves_nothing(settings, credentials):
-    text = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+def test_an_executor_left_open_at_exit_hangs_nothing_and_leaves_nothing(aws_settings, credentials):
+    text = ", ".join(f"{name}={value!r}" for name, value in aws_settings.items())
     script = LEFT_OPEN.format(settings=f"2, {text}")
     done = subprocess.run(
         [sys.executable, "-c", script],
