@@ -43,6 +43,16 @@ CONFLICT_ATTEMPTS = 5
 RANGES_AT_ONCE = 8
 PARTS_AT_ONCE = 4
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+#: How the regions of AWS's other partitions begin, and the domain of each, which obstore does not
+#: know (AWS's list of partitions and endpoints, as botocore has it).
+DOMAINS = {
+    "cn-": "amazonaws.com.cn",
+    "eusc-": "amazonaws.eu",
+    "us-iso-": "c2s.ic.gov",
+    "us-isob-": "sc2s.sgov.gov",
+    "eu-isoe-": "cloud.adc-e.uk",
+    "us-isof-": "csp.hci.ic.gov",
+}
 
 _DENIALS = (PermissionDeniedError, UnauthenticatedError)
 #: The same where obstore has no class for it: lists, and batches of deletes.
@@ -132,6 +142,7 @@ def open_bucket(
     config: dict[str, Any] = {}
     endpoint_url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
     endpoint_url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint_url = endpoint_url or elsewhere(region or os.environ.get("AWS_REGION", ""))
     if endpoint_url:
         # obstore reads AWS_* variables too, and some would win over the arguments.
         config["aws_endpoint_url_s3"] = endpoint_url
@@ -150,6 +161,14 @@ def open_bucket(
         **config,
         **credentials,
     )
+
+
+def elsewhere(region: str) -> str | None:
+    """Return the endpoint of S3 in a region that is not in AWS's usual partition."""
+    for begin, domain in DOMAINS.items():
+        if region.startswith(begin):
+            return f"https://s3.{region}.{domain}"
+    return None
 
 
 class Store:

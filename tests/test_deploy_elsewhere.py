@@ -26,6 +26,7 @@ from dask_lambda.deploy.platforms import Platform
 from dask_lambda.deploy.resources import Blueprint, Options, blueprint
 from dask_lambda.deploy.seen import Seen
 from dask_lambda.local import LocalAWS
+from lambda_worker.store import elsewhere
 from tests.deploy_helpers import eventually_created, inventory
 from tests.helpers import eventually
 
@@ -86,6 +87,17 @@ def test_only_us_east_1_is_not_named_to_create_bucket(region: str, constraint: s
     assert create.operation == "CreateBucket"
     configuration = create.parameters.get("CreateBucketConfiguration", {})
     assert configuration.get("LocationConstraint") == constraint
+
+
+def test_s3_is_found_in_all_partitions() -> None:
+    endpoints = botocore.session.get_session().get_component("data_loader").load_data("endpoints")
+    for partition in endpoints["partitions"]:
+        for region in partition["regions"]:
+            said = elsewhere(region)
+            if partition["dnsSuffix"] == "amazonaws.com":  # which obstore knows
+                assert said is None
+            else:
+                assert said == f"https://s3.{region}.{partition['dnsSuffix']}"
 
 
 def test_what_is_shown_of_a_plan_holds_no_bytes() -> None:
