@@ -90,6 +90,23 @@ def answer_with(
     return said
 
 
+def answer_instead(
+    account: Account, service: str, operation: str, answer: dict[str, Any], *, times: int = 1
+) -> list[str]:
+    """Have the answer be another one, of a service that speaks JSON; a list as of the other."""
+    said: list[str] = []
+
+    def handler(request: Any, **_: Any) -> AWSResponse | None:
+        if len(said) >= times:
+            return None
+        said.append(operation)
+        body = json.dumps(answer).encode()
+        return AWSResponse(request.url, 200, HeadersDict({}), _Raw(body))
+
+    _register(account.client(service), f"before-send.{service}.{operation}", handler)
+    return said
+
+
 def answer_as(
     account: Account, service: str, operation: str, change: Callable[[dict[str, Any]], object]
 ) -> None:

@@ -20,9 +20,9 @@ from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.destroy import destroy, prepare_removal
 from dask_lambda.deploy.doctor import examine
 from dask_lambda.deploy.hello import hello
-from dask_lambda.deploy.naming import Names, Where
+from dask_lambda.deploy.naming import Names, Where, bucket_name
 from dask_lambda.deploy.record import Record, configuration
-from dask_lambda.deploy.resources import Options
+from dask_lambda.deploy.resources import MAX_SIZES, Options
 from dask_lambda.errors import AccessDeniedError, DaskLambdaError
 from dask_lambda.local import LocalAWS
 
@@ -96,6 +96,36 @@ def test_no_document_allows_everything() -> None:
             assert not [a for a in each["Action"] if "*" in a]
             if "*" in each["Resource"]:
                 assert each["Sid"] in ("Account", "Look")  # these actions know no resources
+
+
+def test_the_documents_are_not_longer_than_iam_takes() -> None:
+    where = Where("123456789012", "ap-southeast-1")
+    sizes = tuple(range(10_240 - MAX_SIZES, 10_240))
+    names = Names("n" * 29, where, bucket_name("n" * 29, where), "dask-lambda", sizes)
+    repository = f"123456789012.dkr.ecr.ap-southeast-1.amazonaws.com/{'r' * 256}:1"
+    for document, most in (
+        (policies.execution(names, tracing=True), 10_240),  # all policies in a role
+        (policies.invoker(names), 6_144),  # a managed policy
+        (policies.deployer(names, image=repository), 6_144),
+    ):
+        assert len(re.sub(r"\s", "", json.dumps(document))) <= most
+
+
+def test_whoever_deploys_an_image_may_change_its_repository_only() -> None:
+    image = "210987654321.dkr.ecr.eu-west-1.amazonaws.com/team/workers@sha256:" + "a" * 64
+    found = statements(policies.deployer(NAMES, image=image))["Image"]
+    assert found["Resource"] == ["arn:aws:ecr:eu-west-1:210987654321:repository/team/workers"]
+
+
+def test_with_a_boundary_whoever_deploys_cannot_make_a_role_without_it() -> None:
+    boundary = "arn:aws:iam::123456789012:policy/boundary"
+    document = policies.deployer(NAMES, boundary=boundary)
+    condition = {"StringEquals": {"iam:PermissionsBoundary": boundary}}
+    for action in ("iam:CreateRole", "iam:PutRolePolicy", "iam:PutRolePermissionsBoundary"):
+        (statement,) = (each for each in document["Statement"] if action in each["Action"])
+        assert statement["Condition"] == condition
+    assert "iam:DeleteRolePermissionsBoundary" not in json.dumps(document)
+    assert "iam:DeleteRolePermissionsBoundary" in json.dumps(policies.deployer(NAMES))
 
 
 def test_documents_are_equal_whatever_the_order_of_their_lists() -> None:

@@ -311,7 +311,9 @@ def _print_dry_run(prepared: Prepared, as_json: bool) -> None:
         "execution role": wanted.role.policy,
         "execution role's trust": wanted.role.trust,
         "whoever computes": policies.invoker(wanted.names),
-        "whoever deploys": policies.deployer(wanted.names, image=bool(wanted.package.image)),
+        "whoever deploys": policies.deployer(
+            wanted.names, image=wanted.package.image, boundary=wanted.role.boundary
+        ),
     }
     if as_json:
         print_json(

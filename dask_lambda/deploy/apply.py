@@ -30,9 +30,12 @@ PASSING = (
     ("ResourceConflictException", "update is in progress"),
     ("ResourceConflictException", "is currently in the following state: Pending"),
     ("InvalidParameterValueException", "execution role does not have permissions"),  # the same
+    # Lambda encrypts a function's variables for its role, which KMS need not know yet.
+    ("InvalidParameterValueException", "KMS key is invalid for CreateGrant"),
     ("NoSuchEntity", ""),  # made just now, and not known everywhere yet
     ("NoSuchBucket", ""),
     ("OperationAborted", ""),  # a bucket of this name is just being deleted
+    ("OperationAbortedException", ""),  # and a log group
     ("ConcurrentModification", ""),
     ("ConcurrentModificationException", ""),
     ("TooManyRequestsException", ""),
@@ -176,19 +179,28 @@ class Applier:
             case "function":
                 name = call.parameters["FunctionName"]
                 self._until(lambda: self._is_ready(name), f"the function {name}")
+            case "no function":
+                name = call.parameters["FunctionName"]
+                self._until(lambda: not self._is_there(name), f"the place of the function {name}")
 
     def _exists(self, service: str, operation: str, *absent: str, **parameters: Any) -> bool:
         return self._account.found(service, operation, *absent, **parameters) is not None
 
-    def _is_ready(self, name: str) -> bool:
-        found = self._account.found(
+    def _configuration(self, name: str) -> dict[str, Any] | None:
+        return self._account.found(
             "lambda", "GetFunctionConfiguration", "ResourceNotFoundException", FunctionName=name
         )
+
+    def _is_there(self, name: str) -> bool:
+        return self._configuration(name) is not None
+
+    def _is_ready(self, name: str) -> bool:
+        found = self._configuration(name)
         if found is None:
             return False
-        for state, reason in (("State", "StateReason"), ("LastUpdateStatus",) * 2):
+        for state in ("State", "LastUpdateStatus"):
             if found.get(state) == "Failed":
-                why = found.get(reason) or found.get(f"{state}Reason") or "no reason is given"
+                why = found.get(f"{state}Reason") or "no reason is given"
                 raise DeploymentError(f"Lambda could not set up the function {name}: {why}")
         pending = found.get("State") == "Pending" or found.get("LastUpdateStatus") == "InProgress"
         return not pending

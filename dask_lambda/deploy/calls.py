@@ -14,7 +14,7 @@ from dask_lambda.deploy.artifact import Archive
 
 Verb = Literal["create", "change", "keep", "delete", "empty", "leave"]
 #: What has to be waited for after a call, before the next one.
-Settled = Literal["bucket", "role", "function", ""]
+Settled = Literal["bucket", "role", "function", "no function", ""]
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,10 +99,23 @@ def prepare(account: Account, options: Options, package: Package, version: str) 
             f"{wanted.bucket.name!r}: give --bucket {before.bucket} again, destroy it before, or "
             "choose another name (--name)"
         )
+    _check_not_shared(wanted)
     seen = look(account, options.name, wanted.bucket.name)
     begun = [before.bucket] if before is not None and before.own_bucket else []
     steps = plan(wanted, seen, begun=begun)
     return Prepared(account, wanted, seen, steps, concurrency_of(account))
+
+
+def _check_not_shared(wanted: Blueprint) -> None:
+    """Refuse a place that another deployment has: to destroy one would empty the other."""
+    names = wanted.names
+    for other in records.find(None, names.where.region):
+        same = (other.bucket, other.prefix) == (names.bucket, names.prefix)
+        if same and other.name != names.deployment and other.account == names.where.account:
+            raise ConfigurationError(
+                f"the deployment {other.name!r} has its objects below the prefix "
+                f"{names.prefix!r} of the bucket {names.bucket!r}: give another --prefix"
+            )
 
 
 def deploy(

@@ -173,6 +173,9 @@ def _steps(removal: Removal, *, ours: bool, kept: bool) -> Iterator[Step]:
         yield from _bucket_steps(removal, kept=kept)
     elif seen.bucket is not None:
         yield Step("leave", "bucket", record.bucket, ("it was not made by this deployment",))
+    elif seen.refused:
+        why = "it is somebody else's, or you may not list it (s3:ListBucket)"
+        yield Step("leave", "bucket", record.bucket, (why,))
 
 
 def _without_role(role: SeenRole) -> Iterator[Call]:

@@ -1,6 +1,6 @@
 """Looking at what there is in the account.
 
-May import: aws, naming, seen, resources' names, errors.
+May import: aws, naming, resources' names, seen, errors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from dask_lambda.deploy.aws import Account, code_of
 from dask_lambda.deploy.naming import LOGS, role_name, size_of
+from dask_lambda.deploy.resources import layer_description
 from dask_lambda.deploy.seen import (
     Seen,
     SeenBucket,
@@ -20,9 +21,6 @@ from dask_lambda.deploy.seen import (
     SeenRole,
 )
 from dask_lambda.errors import AccessDeniedError, DeploymentError
-
-#: How the description of every layer version of ours begins.
-LAYER_MARK = "dask_lambda "
 
 
 class ForeignBucketError(DeploymentError):
@@ -38,7 +36,7 @@ def look(account: Account, deployment: str, bucket: str, *, foreign: bool = Fals
     deployment, bucket : str
         Their names.
     foreign : bool
-        A bucket of somebody else's is no error; there is none then.
+        A bucket of somebody else's is no error; there is none then, and that is told.
 
     Raises
     ------
@@ -47,18 +45,20 @@ def look(account: Account, deployment: str, bucket: str, *, foreign: bool = Fals
     ForeignBucketError
         The bucket is somebody else's.
     """
+    refused = False
     try:
         seen_bucket = look_at_bucket(account, bucket)
     except ForeignBucketError:
         if not foreign:
             raise
-        seen_bucket = None
+        seen_bucket, refused = None, True
     return Seen(
         seen_bucket,
         _role(account, role_name(deployment, account.region)),
         _log_groups(account, deployment),
         _layers(account, deployment),
         look_at_functions(account, deployment),
+        refused,
     )
 
 
@@ -73,7 +73,9 @@ def look_at_bucket(account: Account, name: str) -> SeenBucket | None:
     from botocore.exceptions import ClientError
 
     try:
-        head = account.found("s3", "HeadBucket", "404", "NoSuchBucket", Bucket=name)
+        # Its name can be guessed: somebody else may have a bucket of this name that lets us in.
+        owner = {"ExpectedBucketOwner": account.where.account}
+        head = account.found("s3", "HeadBucket", "404", "NoSuchBucket", Bucket=name, **owner)
     except AccessDeniedError as error:
         raise ForeignBucketError(
             f"the bucket {name!r} is somebody else's, or you may not list it (s3:ListBucket): "
@@ -133,8 +135,22 @@ def look_at_functions(account: Account, deployment: str) -> dict[str, SeenFuncti
         )
         if answer is not None:
             image = answer.get("Code", {}).get("ImageUri")
-            found[name] = SeenFunction(name, answer["Configuration"], image, answer.get("Tags", {}))
+            tags = _tags_of_function(account, answer)
+            found[name] = SeenFunction(name, answer["Configuration"], image, tags)
     return found
+
+
+def _tags_of_function(account: Account, answer: dict[str, Any]) -> dict[str, str]:
+    """Return the tags of a function, as GetFunction has answered.
+
+    It leaves them out if the caller may not list them, and the function would look like somebody
+    else's; so they are asked for then, and it is said which permission is missing.
+    """
+    if "Tags" not in answer:
+        arn = answer["Configuration"]["FunctionArn"]
+        answer = account.call("lambda", "ListTags", Resource=arn)
+    tags: dict[str, str] = answer.get("Tags", {})
+    return tags
 
 
 def _role(account: Account, name: str) -> SeenRole | None:
@@ -187,7 +203,7 @@ def _layers(account: Account, deployment: str) -> tuple[SeenLayer, ...]:
                 tuple(each.get("CompatibleArchitectures", [])),
             )
             for each in versions
-            if each.get("Description", "").startswith(LAYER_MARK)
+            if each.get("Description", "").startswith(layer_description(deployment))
         ]
     return tuple(found)
 

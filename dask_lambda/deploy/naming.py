@@ -121,10 +121,18 @@ class Names:
         """Pattern of the ARNs of layers of this deployment."""
         return self._arn("lambda", f"layer:{self.deployment}-*")
 
-    @property
-    def any_image_arn(self) -> str:
-        """Pattern of the ARNs of image repositories in this account and region."""
-        return self._arn("ecr", "repository/*")
+    def repository_arn(self, image: str) -> str:
+        """Return the ARN of the repository of an image in ECR.
+
+        Parameters
+        ----------
+        image : str
+            ``ACCOUNT.dkr.ecr.REGION.amazonaws.com/REPOSITORY:TAG``, or with ``@sha256:...``.
+        """
+        registry, _, name = image.partition("/")
+        account, _, _, region = registry.split(".")[:4]
+        name = re.split("[:@]", name)[0]
+        return f"arn:{self.where.partition}:ecr:{region}:{account}:repository/{name}"
 
     @property
     def any_log_group_arn(self) -> str:

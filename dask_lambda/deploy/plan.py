@@ -29,7 +29,6 @@ from dask_lambda.deploy.resources import (
 from dask_lambda.deploy.seen import (
     Seen,
     SeenBucket,
-    SeenFunction,
     SeenLogGroup,
     SeenRole,
     is_ours,
@@ -65,8 +64,8 @@ def plan(wanted: Blueprint, seen: Seen, *, begun: Collection[str] = ()) -> list[
     wanted : Blueprint
     seen : Seen
     begun : collection of str
-        Buckets that an earlier attempt was about to make: S3 cannot tag a bucket as it is made,
-        so one without a tag may be ours all the same.
+        Buckets that an earlier attempt was about to make: they are tagged by a second call, so one
+        without a tag may be ours all the same.
 
     Returns
     -------
@@ -87,9 +86,7 @@ def plan(wanted: Blueprint, seen: Seen, *, begun: Collection[str] = ()) -> list[
         *(_log_group(wanted, each, seen) for each in wanted.log_groups),
         *_layers(wanted, arns),
     ]
-    functions = [
-        _function(wanted, each, seen.functions.get(each.name), arns) for each in wanted.functions
-    ]
+    functions = [_function(wanted, each, seen, arns) for each in wanted.functions]
     code = wanted.package.code
     if code is not None and code.is_large and any(_needs(step) for step in functions):
         upload, gone = _through_s3(wanted, code, "function code")
@@ -228,9 +225,7 @@ def _role(spec: RoleSpec, seen: SeenRole | None, deployment: str) -> Step:
     if not _equal(seen.trust, spec.trust):
         why.append("others than Lambda may take it on, or Lambda may not")
         calls.append(Call("iam", "UpdateAssumeRolePolicy", {**name, "PolicyDocument": trust}))
-    if not _equal(seen.policies.get(ROLE_POLICY), spec.policy):
-        why.append("its policy is another one")
-        calls.append(put)
+    # Before its policy, which whoever deploys may change only of a role with the boundary.
     if seen.boundary != spec.boundary:
         why.append(f"its permissions boundary is {seen.boundary}, to be {spec.boundary}")
         if spec.boundary:
@@ -238,6 +233,9 @@ def _role(spec: RoleSpec, seen: SeenRole | None, deployment: str) -> Step:
             calls.append(Call("iam", "PutRolePermissionsBoundary", more))
         else:
             calls.append(Call("iam", "DeleteRolePermissionsBoundary", name))
+    if not _equal(seen.policies.get(ROLE_POLICY), spec.policy):
+        why.append("its policy is another one")
+        calls.append(put)
     if missing := _missing_tags(spec.tags, seen.tags):
         why.append(_tags_differ(missing))
         calls.append(Call("iam", "TagRole", {**name, "Tags": _tag_list(missing)}))
@@ -340,11 +338,10 @@ def _through_s3(wanted: Blueprint, archive: Archive, kind: str) -> tuple[Step, S
 # -- functions ---------------------------------------------------------------------------------
 
 
-def _function(
-    wanted: Blueprint, spec: FunctionSpec, seen: SeenFunction | None, arns: Mapping[str, str]
-) -> Step:
+def _function(wanted: Blueprint, spec: FunctionSpec, around: Seen, arns: Mapping[str, str]) -> Step:
     layers = [arns.get(name) or LayerArn(name) for name in spec.layers]
     create = _create_function(wanted, spec, layers)
+    seen = around.functions.get(spec.name)
     if seen is None:
         # The smallest one must be there; an account that is new may refuse the large ones.
         spare = spec.memory > SMALL_ACCOUNT and spec.memory > min(wanted.names.sizes)
@@ -362,24 +359,27 @@ def _function(
     calls: list[Call] = []
     name = {"FunctionName": spec.name}
     found = seen.configuration
-    if (spec.image is None) != (found.get("PackageType", "Zip") == "Zip"):
-        why.append("zip files and images cannot take each other's place: it is made anew")
+    if anew := _must_be_made_anew(spec, found, around):
+        why = [f"{anew}: it is made anew"]
         return Step("change", "function", spec.name, why, [delete_function(spec.name), create])
+    failed = found.get("LastUpdateStatus") == "Failed"  # it is told as it should be, and is not so
     architectures = found.get("Architectures") or ["x86_64"]
     same = (
         seen.image == spec.image
         if spec.code is None
         else found.get("CodeSha256") == spec.code.code_sha256
     )
-    if not same or architectures != [spec.architecture]:
-        why.append("its code is another one")
+    if failed:
+        why.append(f"its last update failed: {found.get('LastUpdateStatusReason')}")
+    if failed or not same or architectures != [spec.architecture]:
+        why += [] if failed else ["its code is another one"]
         update = {**name, **_code(wanted, spec), "Architectures": [spec.architecture]}
         calls.append(Call("lambda", "UpdateFunctionCode", update, "function"))
     differences = list(setting_differences(spec.settings, found))
     has = [each["Arn"] for each in found.get("Layers", [])]
     if has != layers:
         differences.append(f"Layers: {_plain(has)}, to be {_plain([str(each) for each in layers])}")
-    if differences:
+    if failed or differences:
         why += differences
         update = {**name, **spec.settings}
         if spec.image is None:
@@ -390,6 +390,19 @@ def _function(
         arn = wanted.names.function_arn(spec.name)
         calls.append(Call("lambda", "TagResource", {"Resource": arn, "Tags": missing}))
     return _step("function", spec.name, why, calls)
+
+
+def _must_be_made_anew(spec: FunctionSpec, found: Mapping[str, Any], around: Seen) -> str:
+    """Say why a function cannot be brought up to date; nothing if it can."""
+    if (spec.image is None) != (found.get("PackageType", "Zip") == "Zip"):
+        return "zip files and images cannot take each other's place"
+    if found.get("State") == "Failed":
+        return f"Lambda could not set it up ({found.get('StateReason')})"
+    if around.role is None:
+        # Its variables are encrypted for the role that it was made with, and a new one of the same
+        # name is another one to KMS: every call would fail (KMSAccessDeniedException).
+        return "its role is gone, and variables are encrypted for that very role"
+    return ""
 
 
 def _create_function(
@@ -466,7 +479,7 @@ def _surplus(wanted: Blueprint, seen: Seen, arns: Mapping[str, str]) -> Iterator
 def delete_function(name: str) -> Call:
     """Return the call that deletes a function."""
     gone = ("ResourceNotFoundException",)
-    return Call("lambda", "DeleteFunction", {"FunctionName": name}, done=gone)
+    return Call("lambda", "DeleteFunction", {"FunctionName": name}, "no function", gone)
 
 
 def delete_log_group(name: str) -> Call:

@@ -103,32 +103,31 @@ def invoker(names: Names) -> Document:
 NEEDED = ("Invoke", "Objects", "List")
 
 
-def deployer(names: Names, *, image: bool = False) -> Document:
+def deployer(names: Names, *, image: str | None = None, boundary: str | None = None) -> Document:
     """Return what a person needs who deploys, looks after, and removes the deployment.
 
     Parameters
     ----------
     names : Names
-    image : bool
-        Whether the functions are made of a container image in ECR, which they may fetch.
+    image : str, optional
+        URI of the container image in ECR that the functions are made of: Lambda has whoever makes
+        them allow it to fetch that.
+    boundary : str, optional
+        ARN of the role's permissions boundary: nothing is allowed to the role then that this does
+        not allow.  Without one, who may say what the role may can have all that can be allowed.
     """
     role = names.role_arn
     functions = names.any_function_arn
     layers = names.any_layer_arn
-    images = [
-        _allow(
-            "Image",
-            (
-                "ecr:BatchGetImage",
-                "ecr:GetDownloadUrlForLayer",
-                "ecr:GetRepositoryPolicy",
-                "ecr:SetRepositoryPolicy",
-            ),
-            [names.any_image_arn],
+    images = []
+    if image is not None:
+        actions = (
+            *("ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"),
+            *("ecr:GetRepositoryPolicy", "ecr:SetRepositoryPolicy"),
         )
-    ]
+        images.append(_allow("Image", actions, [names.repository_arn(image)]))
     return _document(
-        *(images if image else []),
+        *images,
         _allow(
             "Bucket",
             (
@@ -153,17 +152,22 @@ def deployer(names: Names, *, image: bool = False) -> Document:
             [names.bucket_arn],
         ),
         _allow("Objects", (*OBJECT_ACTIONS, "s3:DeleteObjectVersion"), names.object_arns),
+        _bounded(
+            _allow(
+                "RolePermissions",
+                ("iam:CreateRole", "iam:PutRolePermissionsBoundary", "iam:PutRolePolicy"),
+                [role],
+            ),
+            boundary,
+        ),
         _allow(
             "Role",
             (
-                "iam:CreateRole",
+                *(() if boundary else ("iam:DeleteRolePermissionsBoundary",)),
                 "iam:GetRole",
                 "iam:DeleteRole",
                 "iam:TagRole",
                 "iam:UpdateAssumeRolePolicy",
-                "iam:PutRolePermissionsBoundary",
-                "iam:DeleteRolePermissionsBoundary",
-                "iam:PutRolePolicy",
                 "iam:GetRolePolicy",
                 "iam:DeleteRolePolicy",
                 "iam:ListRolePolicies",
@@ -186,6 +190,7 @@ def deployer(names: Names, *, image: bool = False) -> Document:
                 "lambda:UpdateFunctionConfiguration",
                 "lambda:DeleteFunction",
                 "lambda:TagResource",
+                "lambda:ListTags",  # else GetFunction says nothing of tags (its API reference)
                 "lambda:InvokeFunction",
             ),
             [functions],
@@ -303,6 +308,13 @@ def _objects(names: Names) -> list[Statement]:
         _allow("Objects", OBJECT_ACTIONS, names.object_arns),
         _allow("List", ("s3:ListBucket",), [names.bucket_arn]),
     ]
+
+
+def _bounded(statement: Statement, boundary: str | None) -> Statement:
+    """Return a statement that is for a role with a certain permissions boundary only."""
+    if boundary is None:
+        return statement
+    return {**statement, "Condition": {"StringEquals": {"iam:PermissionsBoundary": boundary}}}
 
 
 def _allow(sid: str, actions: Sequence[str], resources: Sequence[str]) -> Statement:

@@ -19,6 +19,8 @@ from dask_lambda.errors import ConfigurationError
 
 #: MB: one core, two, and as much as there is.  At 1,769 MB a function has one whole core (Lambda).
 LADDER = (1769, 3538, 10_240)
+#: With more, the policy for whoever computes would come near to what IAM takes (6,144 characters).
+MAX_SIZES = 10
 #: MB of memory for each core (Lambda: "Configure Lambda function memory").
 MB_PER_CORE = 1769
 #: MB of ``/tmp`` (Lambda quotas).
@@ -87,6 +89,10 @@ class Options:
         check_name(self.name)
         if not self.memory:
             raise ConfigurationError("there must be a function: give at least one memory size")
+        if len(set(self.memory)) > MAX_SIZES:
+            raise ConfigurationError(
+                f"{len(set(self.memory))} memory sizes are too many: there may be {MAX_SIZES}"
+            )
         for memory in self.memory:
             _check_range("memory", memory, MIN_MEMORY, MAX_MEMORY, "MB")
         _check_range("timeout", self.timeout, 1, MAX_TIMEOUT, "seconds")
@@ -156,6 +162,7 @@ class LogGroupSpec:
 class LayerSpec:
     """A layer; its versions cannot be changed, and have no tags, so all is in the description."""
 
+    deployment: str
     name: str
     content: str
     archive: Archive
@@ -165,7 +172,7 @@ class LayerSpec:
     @property
     def description(self) -> str:
         """By which a version of equal content is found."""
-        return layer_description(self.content)
+        return layer_description(self.deployment, self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +239,7 @@ def blueprint(
     tags = {**options.tags, TAG: options.name, "dask-lambda:version": version}
     layers = tuple(
         LayerSpec(
+            options.name,
             names.layer(layer.name),
             layer.content,
             layer.archive,
@@ -304,9 +312,13 @@ def _settings(options: Options, names: Names, package: Package, memory: int) -> 
     }
 
 
-def layer_description(content: str) -> str:
-    """Return the description of a layer version with this content."""
-    return f"dask_lambda {content}"[:256]
+def layer_description(deployment: str, content: str = "") -> str:
+    """Return the description of a layer version with this content, or how all of them begin.
+
+    It stands in for a tag, which layers cannot have: it says whose a version is.  Its name does
+    not, since what follows the deployment's name in it may belong to the name of another one.
+    """
+    return f"dask_lambda {deployment} {content}"[:256]
 
 
 def _check_range(name: str, value: int, low: int, high: int, unit: str) -> None:

@@ -78,6 +78,7 @@ class Seen:
     log_groups: Mapping[str, SeenLogGroup] = field(default_factory=dict)
     layers: tuple[SeenLayer, ...] = ()
     functions: Mapping[str, SeenFunction] = field(default_factory=dict)
+    refused: bool = False  #: there is a bucket of the name, which S3 says nothing of
 
     def has_any(self, deployment: str) -> bool:
         """Whether anything of the deployment's own is there."""
