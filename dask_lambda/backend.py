@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,9 @@ class AWSBackend:
     endpoint_url: str | None
     s3: Callable[[], Any]  #: makes a botocore client, for what is no matter of a run
     affordable: Callable[[int], int]  #: of so many invocations in flight, how many are possible
-    keys: tuple[str, str] | None = None  #: of the embedded AWS, drawn when it was started
+    keys: tuple[str, str] | None = field(
+        default=None, repr=False
+    )  #: of the embedded AWS, drawn when it was started
     lasting: bool = True  #: whether what is in the bucket outlives this process
     local: ProcessInvoker | ExecutorInvoker | None = None  #: for what does not run on Lambda
 

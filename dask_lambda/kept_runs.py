@@ -136,7 +136,7 @@ class KeptRun:
 
     name: str
     run: str
-    secret: bytes
+    secret: bytes = field(repr=False)
     place: Place
     function: str
     created: float

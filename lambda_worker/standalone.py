@@ -264,6 +264,9 @@ class Settings(NamedTuple):
     memory_mb: int  #: that it may take
     folder: str  #: for temporary files: removed with the process
 
+    def __repr__(self) -> str:  # what opens the bucket may hold a key
+        return f"Settings({self.bucket!r}, ..., {self.memory_mb}, {self.folder!r})"
+
 
 def main() -> None:
     """Serve what comes through standard input, until that ends; then end at once.

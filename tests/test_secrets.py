@@ -13,6 +13,8 @@ import secrets
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import dask
@@ -23,10 +25,13 @@ from dask import delayed
 from dask_lambda import LambdaScheduler
 from dask_lambda.errors import DaskLambdaError
 from dask_lambda.graph import normalise
+from dask_lambda.kept_runs import KeptRun, Place
 from dask_lambda.local import LocalAWS
 from dask_lambda.plan import Plan
 from dask_lambda.run import Sealed
 from lambda_worker.protocol import Request as WorkerRequest
+from lambda_worker.standalone import Settings
+from lambda_worker.store import open_bucket
 from tests.faults.proxy import DENIED, EXPIRED, NO_SUCH_KEY, Action, Corrupt, Proxy, Request, Reset
 from tests.helpers import eventually
 
@@ -200,7 +205,15 @@ def test_representations_show_no_secrets(aws: LocalAWS, connect: Connect) -> Non
     run = engine.start(idle, inline_bytes=0)
     run.events.get(timeout=60)
     request = WorkerRequest("run", {"run": run.secret}, "bucket", 0, [])
+    kept = KeptRun.new("name", Place("bucket", "prefix", None, None), "function")
+    kept.secret = run.secret
+    key = {"secret_access_key": aws.secret_access_key}
+    process = Settings("bucket", partial(open_bucket, "bucket", **key), 1769, "folder")
+    embedded = replace(engine.backend, keys=(aws.access_key_id, aws.secret_access_key))
     for each in (
+        kept,
+        process,
+        embedded,
         run,
         run.encoder,
         engine,
