@@ -32,7 +32,8 @@ PASSING = (
     ("InvalidParameterValueException", "execution role does not have permissions"),  # the same
     # Lambda encrypts a function's variables for its role, which KMS need not know yet.
     ("InvalidParameterValueException", "KMS key is invalid for CreateGrant"),
-    ("NoSuchEntity", ""),  # made just now, and not known everywhere yet
+    # Made just now, and not known everywhere yet; a boundary that does not exist is no role.
+    ("NoSuchEntity", "role with name"),
     ("NoSuchBucket", ""),
     ("OperationAborted", ""),  # a bucket of this name is just being deleted
     ("OperationAbortedException", ""),  # and a log group
