@@ -103,6 +103,11 @@ def prepare(account: Account, options: Options, package: Package, version: str) 
     seen = look(account, options.name, wanted.bucket.name)
     begun = [before.bucket] if before is not None and before.own_bucket else []
     steps = plan(wanted, seen, begun=begun)
+    if (stack := seen.stack_of(options.name)) and changes(steps):
+        raise DeploymentError(
+            f"{options.name!r} was made by the CloudFormation stack {stack!r}: "
+            "`dask-lambda deploy --cloudformation FILE` writes the template to update it with"
+        )
     return Prepared(account, wanted, seen, steps, concurrency_of(account))
 
 

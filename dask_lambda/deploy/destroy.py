@@ -95,9 +95,15 @@ def prepare_removal(account: Account, record: Record, *, kept: bool) -> Removal:
     Raises
     ------
     DeploymentError
-        Kept runs are in a bucket that goes, and ``kept`` is false.
+        Kept runs are in a bucket that goes, and ``kept`` is false; or it is a CloudFormation
+        stack's.
     """
     seen = look(account, record.name, record.bucket, foreign=True)
+    if stack := seen.stack_of(record.name):
+        raise DeploymentError(
+            f"{record.name!r} was made by the CloudFormation stack {stack!r}, and goes with that: "
+            f"aws cloudformation delete-stack --region {account.region} --stack-name {stack}"
+        )
     here = seen.bucket is not None and seen.bucket.region == account.region
     recorded = record.path.exists()
     own = here and (is_ours(seen.bucket, record.name) or (record.own_bucket and recorded))

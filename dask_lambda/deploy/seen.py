@@ -12,6 +12,9 @@ from typing import Any
 from dask_lambda.deploy.naming import TAG
 from dask_lambda.deploy.policies import Document
 
+#: The tag by which CloudFormation knows what is a stack's.
+STACK = "aws:cloudformation:stack-name"
+
 
 @dataclass(frozen=True, slots=True)
 class SeenBucket:
@@ -82,9 +85,16 @@ class Seen:
 
     def has_any(self, deployment: str) -> bool:
         """Whether anything of the deployment's own is there."""
-        tagged: list[Any] = [*self.functions.values(), *self.log_groups.values()]
-        tagged += [each for each in (self.bucket, self.role) if each is not None]
-        return bool(self.layers) or any(is_ours(each, deployment) for each in tagged)
+        return bool(self.layers) or bool(self._tagged(deployment))
+
+    def stack_of(self, deployment: str) -> str | None:
+        """Return the CloudFormation stack that has made what is there; None if none has."""
+        found = (each.tags.get(STACK) for each in self._tagged(deployment))
+        return next(filter(None, found), None)
+
+    def _tagged(self, deployment: str) -> list[Any]:
+        known: list[Any] = [*self.functions.values(), *self.log_groups.values()]
+        return [e for e in (*known, self.bucket, self.role) if is_ours(e, deployment)]
 
 
 def is_ours(
