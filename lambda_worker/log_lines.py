@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Groups of an invocation that its line names, and characters of a key.  With them the line is far
-#: below the 4 kB of log that Lambda sends back with the reply.
+#: Groups of an invocation that its line names, and characters of a key, as JSON.  With them the
+#: line is far below the 4 kB of log that Lambda sends back with the reply.
 MAX_GROUPS = 8
 MAX_KEY = 80
 #: Environment variable of the function: the line holds metrics for CloudWatch, too.
@@ -43,7 +43,20 @@ class Work:
     def to_json(self) -> dict[str, str]:
         """Describe it, not at too great a length."""
         error = {"error": self.error} if self.error else {}
-        return {"group": self.group[:MAX_KEY], "key": self.key[:MAX_KEY], **error}
+        return {"group": _cut(self.group), "key": _cut(self.key), **error}
+
+
+def _cut(text: str) -> str:
+    """Return a beginning that is not too long as JSON, where a character may take up to twelve."""
+    text = text[:MAX_KEY]
+    if text.isascii() and text.isprintable() and not set(text) & set('"\\'):
+        return text
+    room = MAX_KEY
+    for place, character in enumerate(text):
+        room -= len(json.dumps(character)) - 2
+        if room < 0:
+            return text[:place]
+    return text
 
 
 def line(

@@ -25,6 +25,7 @@ from dask_lambda.deploy.plan import changes, plan
 from dask_lambda.deploy.platforms import Platform
 from dask_lambda.deploy.resources import Blueprint, Options, blueprint
 from dask_lambda.deploy.seen import Seen
+from dask_lambda.errors import ConfigurationError
 from dask_lambda.local import LocalAWS
 from lambda_worker.store import elsewhere
 from tests.deploy_helpers import eventually_created, inventory
@@ -119,6 +120,11 @@ def test_the_functions_are_as_the_documents_say() -> None:
     assert settings["EphemeralStorage"] == {"Size": 1024}
     assert settings["TracingConfig"] == {"Mode": "Active"}
     assert functions[1769].settings["Environment"]["Variables"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_an_image_of_another_region_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="in another region.*us-west-2"):
+        blueprint(Options(), Where("123456789012", "us-west-2"), IMAGE, version="1.0")
 
 
 def test_an_environment_that_was_built_is_deployed_as_its_layers(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dask_lambda.cli.look import _as_text
 from dask_lambda.deploy import logs
 from dask_lambda.deploy.logs import Line
 from lambda_worker import log_lines
@@ -43,6 +44,23 @@ def test_the_line_stays_short_whatever_the_keys_are() -> None:
     line = written(*[Work("f" * 500, "k" * 500, "exception")] * 100)
     assert len(line["work"]) == MAX_GROUPS
     assert {len(each["key"]) for each in line["work"]} == {MAX_KEY}
+
+
+@pytest.mark.parametrize("character", ["é", "\N{SLIGHTLY SMILING FACE}", '"', "\\", "\0", "\udc80"])
+def test_the_line_stays_short_in_any_language(character: str) -> None:
+    line = written(*[Work("f" * 500, "key " + character * 500)] * 100)
+    for each in line["work"]:
+        assert each["key"].startswith("key " + character)
+        assert len(json.dumps(each["key"])) <= MAX_KEY + 2
+
+
+def test_what_is_printed_of_a_log_cannot_control_the_terminal() -> None:
+    said = "\x1b]0;title\x07\x1b[2Jmine\tand\nthat é\u202e"
+    line = Line("f", "s", 0, said)
+    assert _as_text(line).endswith(r"\x1b]0;title\x07\x1b[2Jmine" + "\tand\nthat é" + r"\u202e")
+    work = [{"group": "4f2a", "key": "\x1b[2J"}]
+    record = {"run": "\x1b[3J", "request": "1", "groups": 1, "work": work}
+    assert "\x1b" not in _as_text(Line("f", "s", 0, json.dumps(record)))
 
 
 def test_with_metrics_the_line_is_in_embedded_metric_format(

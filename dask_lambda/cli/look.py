@@ -153,10 +153,10 @@ def _as_text(line: Line) -> str:
     when = datetime.fromtimestamp(line.time / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     record = line.record
     if record is None:
-        return f"{when}  {line.text}"
+        return f"{when}  {_plain(line.text)}"
     groups = record.get("groups", 0)
     text = (
-        f"run {record['run']}  {record.get('milliseconds', 0):8.1f} ms  "
+        f"run {_plain(str(record['run']))}  {record.get('milliseconds', 0):8.1f} ms  "
         f"{groups} {'group' if groups == 1 else 'groups'}"
     )
     if record.get("cold"):
@@ -165,5 +165,10 @@ def _as_text(line: Line) -> str:
         text += f"  {record['errors']} failed"
     keys = [str(each.get("key")) for each in record.get("work", [])]
     if keys:
-        text += "  " + ", ".join(keys)
+        text += "  " + ", ".join(map(_plain, keys))
     return f"{when}  {text}"
+
+
+def _plain(text: str) -> str:
+    """Show what would control the terminal: a log holds whatever tasks print."""
+    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)

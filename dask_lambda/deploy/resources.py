@@ -235,6 +235,11 @@ def blueprint(
         raise ConfigurationError(
             f"the package has {len(package.layers)} layers; a function takes {MAX_LAYERS}"
         )
+    if package.image is not None and f".{where.region}." not in package.image.partition("/")[0]:
+        raise ConfigurationError(
+            f"the image {package.image!r} is in another region than the functions, which would be "
+            f"in {where.region}: Lambda takes images of its own region only"
+        )
     names = names_of(options, where)
     tags = {**options.tags, TAG: options.name, "dask-lambda:version": version}
     layers = tuple(
