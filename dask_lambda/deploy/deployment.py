@@ -99,6 +99,13 @@ def prepare(account: Account, options: Options, package: Package, version: str) 
             f"{wanted.bucket.name!r}: give --bucket {before.bucket} again, destroy it before, or "
             "choose another name (--name)"
         )
+    if before is not None and before.prefix != wanted.bucket.prefix:
+        raise DeploymentError(
+            f"the deployment {options.name!r} in {where} has its objects below the prefix "
+            f"{before.prefix!r}: under another one, what is kept there would be out of its reach; "
+            f"give --prefix {before.prefix} again, destroy it before, or choose another name "
+            "(--name)"
+        )
     _check_not_shared(wanted)
     seen = look(account, options.name, wanted.bucket.name)
     begun = [before.bucket] if before is not None and before.own_bucket else []
