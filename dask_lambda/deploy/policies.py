@@ -87,9 +87,6 @@ def invoker(names: Names) -> Document:
         _allow("Invoke", ("lambda:InvokeFunction",), names.function_arns),
         *_objects(names),
         _allow("Uploads", ("s3:ListBucketMultipartUploads",), [names.bucket_arn]),
-        _allow(
-            "Look", ("lambda:GetFunction", "lambda:GetFunctionConfiguration"), names.function_arns
-        ),
         _allow("Account", ("lambda:GetAccountSettings",), ["*"]),
         _allow(
             "ReadLogs",
