@@ -1,6 +1,7 @@
 """Removing exactly what ``deploy`` has made.
 
-May import: aws, apply, calls, deployment, look, plan, record, seen, cleaning, kept_runs, errors.
+May import: aws, apply, calls, deployment, look, plan, policies, record, resources' names, seen,
+cleaning, kept_runs, errors.
 
 What is ours is known by its tag, a bucket that was never tagged by the record.  A bucket of the
 user's own stays, and so does every object in it that is not below our prefix.
@@ -27,7 +28,9 @@ from dask_lambda.deploy.plan import (
     lifecycle_call,
     logs_are_ours,
 )
+from dask_lambda.deploy.policies import normal
 from dask_lambda.deploy.record import Record
+from dask_lambda.deploy.resources import ROLE_POLICY
 from dask_lambda.deploy.seen import Seen, SeenRole, is_ours
 from dask_lambda.errors import ConfigurationError, DeploymentError
 from dask_lambda.kept_folder import kept_prefix
@@ -107,8 +110,9 @@ def prepare_removal(account: Account, record: Record, *, kept: bool) -> Removal:
     here = seen.bucket is not None and seen.bucket.region == account.region
     recorded = record.path.exists()
     own = here and (is_ours(seen.bucket, record.name) or (record.own_bucket and recorded))
-    # Without a record the bucket is a guess: then only one that is tagged is looked into.
-    ours = own or (here and not record.own_bucket)
+    # Without a record the bucket is a guess, or what somebody says: then only one that is tagged is
+    # looked into, or that the deployment's role may use.
+    ours = own or (here and not record.own_bucket and (recorded or _may_use(seen.role, record)))
     contents = Contents()
     if ours:
         contents = _contents(account, record, whole=own, all_versions=_versioned(seen))
@@ -152,6 +156,15 @@ def destroy(
         for step in removal.steps
         if step.verb == "leave"
     ]
+
+
+def _may_use(role: SeenRole | None, record: Record) -> bool:
+    """Whether the role is the deployment's, and is for our prefix in this bucket."""
+    if role is None or not is_ours(role, record.name):
+        return False
+    statements = normal(role.policies.get(ROLE_POLICY, {}))["Statement"]
+    named = {arn for each in statements for arn in each.get("Resource", [])}
+    return named >= set(record.names.object_arns)
 
 
 def _steps(removal: Removal, *, ours: bool, kept: bool) -> Iterator[Step]:
