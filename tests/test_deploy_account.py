@@ -12,6 +12,7 @@ from dask_lambda.deploy import deployment, record
 from dask_lambda.deploy.artifact import Package
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.calls import Step
+from dask_lambda.deploy.destroy import destroy, prepare_removal
 from dask_lambda.deploy.naming import TAG
 from dask_lambda.deploy.resources import Options
 from dask_lambda.errors import AccessDeniedError, ConfigurationError, DeploymentError
@@ -26,12 +27,17 @@ from tests.account_helpers import (
     remove,
     verbs,
 )
-from tests.deploy_helpers import answer_as, answer_with, denied, inventory
+from tests.deploy_helpers import answer_as, answer_instead, answer_with, denied, inventory
 
 __all__ = ["_leaves_nothing", "account", "package"]
 
 pytestmark = pytest.mark.local
 ROLE_TOO_NEW = "The role defined for the function cannot be assumed by Lambda."
+KEY_TOO_NEW = (
+    "Lambda was unable to configure access to your environment variables because the KMS key is "
+    "invalid for CreateGrant. Please check your KMS key settings. KMS Exception: "
+    "InvalidArnException KMS Message: ARN does not refer to a valid principal"
+)
 
 
 class Clock:
@@ -50,13 +56,16 @@ class Clock:
 # -- what AWS takes its time for ---------------------------------------------------------------
 
 
-def test_a_role_that_is_too_new_is_waited_for(account: Account, package: Package) -> None:
+@pytest.mark.parametrize("message", [ROLE_TOO_NEW, KEY_TOO_NEW])
+def test_a_role_that_is_too_new_is_waited_for(
+    account: Account, package: Package, message: str
+) -> None:
     said = answer_with(
         account,
         "lambda",
         "CreateFunction",
         "InvalidParameterValueException",
-        ROLE_TOO_NEW,
+        message,
         times=6,
     )
     clock = Clock()
@@ -87,11 +96,76 @@ def test_a_role_that_stays_unusable_is_an_error_in_the_end(
         deployment.deploy(prepare(account, package), sleep=clock.sleep, clock=clock)
 
 
-def test_a_function_that_cannot_be_set_up_is_an_error(account: Account, package: Package) -> None:
-    broken = {"State": "Failed", "StateReason": "the image is gone", "StateReasonCode": "X"}
+@pytest.mark.parametrize(
+    ("operation", "message", "waits"),
+    [
+        ("PutRolePolicy", "The role with name dask-lambda-us-east-1 cannot be found.", True),
+        ("CreateRole", "Scope ARN: arn:aws:iam::1:policy/x does not exist", False),
+    ],
+)
+def test_what_is_not_known_yet_is_waited_for_and_what_does_not_exist_is_said(
+    account: Account, package: Package, operation: str, message: str, waits: bool
+) -> None:
+    answer_with(account, "iam", operation, "NoSuchEntity", message, status=404, times=1000)
+    clock = Clock()
+    with pytest.raises(DeploymentError, match=message.partition(":")[0]):
+        deployment.deploy(prepare(account, package), sleep=clock.sleep, clock=clock)
+    assert (clock.now > 60) == waits
+
+
+@pytest.mark.parametrize("state", ["State", "LastUpdateStatus"])
+def test_a_function_that_cannot_be_set_up_is_an_error(
+    account: Account, package: Package, state: str
+) -> None:
+    broken = {state: "Failed", f"{state}Reason": "the image is gone"}
     answer_as(account, "lambda", "GetFunctionConfiguration", lambda parsed: parsed.update(broken))
     with pytest.raises(DeploymentError, match="the image is gone"):
         deploy(account, package)
+
+
+@pytest.mark.parametrize(
+    ("broken", "operations"),
+    [
+        ({"State": "Failed", "StateReason": "no reason"}, ["DeleteFunction", "CreateFunction"]),
+        (
+            {"LastUpdateStatus": "Failed", "LastUpdateStatusReason": "no reason"},
+            ["UpdateFunctionCode", "UpdateFunctionConfiguration"],
+        ),
+    ],
+)
+def test_what_lambda_could_not_set_up_is_not_taken_for_done(
+    account: Account, package: Package, broken: dict[str, str], operations: list[str]
+) -> None:
+    deploy(account, package)
+    answer_as(
+        account, "lambda", "GetFunction", lambda parsed: parsed["Configuration"].update(broken)
+    )
+    (step,) = prepare(account, package).changes
+    assert [call.operation for call in step.calls] == operations
+    assert "no reason" in "; ".join(step.why)
+
+
+def test_a_function_whose_role_is_gone_is_made_anew(account: Account, package: Package) -> None:
+    done = deploy(account, package)
+    name = {"RoleName": done.record.names.role}
+    account.call("iam", "DeleteRolePolicy", **name, PolicyName="dask-lambda")
+    account.call("iam", "DeleteRole", **name)
+    prepared = prepare(account, package)
+    calls = [call.operation for step in prepared.changes for call in step.calls]
+    assert calls == ["CreateRole", "PutRolePolicy", "DeleteFunction", "CreateFunction"]
+    deployment.deploy(prepared, sleep=briefly)
+    assert verbs(prepare(account, package)) == {"keep"}
+
+
+def test_a_function_that_goes_slowly_is_waited_for(account: Account, package: Package) -> None:
+    done = deploy(account, package)
+    name = done.record.names.functions[0]
+    still = {"FunctionName": name, "State": "Deleting"}
+    said = answer_instead(account, "lambda", "GetFunctionConfiguration", still, times=3)
+    clock = Clock()
+    destroy(prepare_removal(account, done.record, kept=False), sleep=clock.sleep, clock=clock)
+    assert len(said) == 3
+    assert clock.now > 0
 
 
 # -- breaking off half-way ---------------------------------------------------------------------
@@ -214,7 +288,8 @@ def test_a_bucket_name_that_is_taken_meanwhile(account: Account, package: Packag
     with pytest.raises(DeploymentError, match=r"choose another name .*--name or --bucket"):
         deploy(account, package)
     answer_with(account, "s3", "HeadBucket", "403", "Forbidden", status=403)
-    assert remove(account) == []
+    (stays,) = remove(account)
+    assert "somebody else's" in stays
 
 
 @pytest.mark.parametrize("kind", ["function", "role", "log group", "bucket"])

@@ -326,10 +326,3 @@ def test_without_the_record_a_bucket_of_the_users_own_can_be_named(
         assert account.call("s3", "ListObjectsV2", **bucket)["KeyCount"] == 0
     finally:
         account.call("s3", "DeleteBucket", **bucket)
-
-
-def test_two_deployments_do_not_see_each_other(account: Account, package: Package) -> None:
-    deploy(account, package)
-    deploy(account, package, Options(name="dask-lambda-b", memory=(1769,)))
-    remove(account, "dask-lambda-b")
-    assert verbs(prepare(account, package)) == {"keep"}
