@@ -121,7 +121,7 @@ class Names:
         """Pattern of the ARNs of layers of this deployment."""
         return self._arn("lambda", f"layer:{self.deployment}-*")
 
-    def repository_arn(self, image: str) -> str:
+    def arn_of_image(self, image: str) -> str:
         """Return the ARN of the repository of an image in ECR.
 
         Parameters

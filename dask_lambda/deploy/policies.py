@@ -122,7 +122,7 @@ def deployer(names: Names, *, image: str | None = None, boundary: str | None = N
             *("ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"),
             *("ecr:GetRepositoryPolicy", "ecr:SetRepositoryPolicy"),
         )
-        images.append(_allow("Image", actions, [names.repository_arn(image)]))
+        images.append(_allow("Image", actions, [names.arn_of_image(image)]))
     return _document(
         *images,
         _allow(
