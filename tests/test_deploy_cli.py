@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import click
 import dask
 import pytest
 from click.testing import CliRunner, Result
 
 from dask_lambda.cli import main
+from dask_lambda.cli.deploy import DIFFERS, NOTHING_DEPLOYED
+from dask_lambda.cli.env import requirements
+from dask_lambda.cli.local import NOT_RUNNING
+from dask_lambda.deploy import doctor
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.record import configuration_path
 from dask_lambda.local import LocalAWS
@@ -205,3 +213,50 @@ def test_files_of_the_users_own_are_left_alone(cli: Cli, deployed: dict[str, Any
     cli("deploy", "--worker-only", "--memory", "1769", "--yes")
     settings = dask.config.collect([str(path.parent)], env={})
     assert settings["dask-lambda"]["function"] == "other"
+
+
+# -- all commands ------------------------------------------------------------------------------
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """All commands that do something, and how they are called."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+def test_every_command_answers_in_json() -> None:
+    found = dict(commands(main))
+    assert {"deploy", "env build", "runs list", "local stop", "cost", "clean"} <= set(found)
+    without = [
+        name
+        for name, command in found.items()
+        if not any("--json" in parameter.opts for parameter in command.params)
+    ]
+    assert without == []
+
+
+def test_the_guide_lists_every_command_and_exit_code() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text("utf-8")
+    codes = set(re.findall(r"^\| (\d) \| ", text, re.MULTILINE))
+    assert codes == {"0", "1", "2", str(NOTHING_DEPLOYED), str(NOT_RUNNING), str(DIFFERS)}
+    for name in ("deploy", "status", "destroy", "hello", "doctor", "logs", "env build", "env show"):
+        assert f"`{name}`" in text or f"dask-lambda {name}`" in text, name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "result"), [(0, "passed"), (-120, "warning"), (120, "warning"), (-400, "failed")]
+)
+def test_a_clock_that_is_wrong_is_found(seconds: float, result: str) -> None:
+    date = formatdate(time.time() + seconds, usegmt=True)  # as AWS's answers have it
+    check = doctor._clock({"ResponseMetadata": {"HTTPHeaders": {"date": date}}})
+    assert check.result == result
+    assert ("NTP" in check.advice) == (result != "passed")
+
+
+def test_workers_can_read_what_is_compressed() -> None:
+    assert requirements(["pandas"]) == ["pandas"]
+    with dask.config.set({"dask-lambda.compression": "zstd"}):
+        assert requirements(["pandas"]) == ["pandas", "zstandard"]

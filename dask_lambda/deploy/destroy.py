@@ -24,6 +24,7 @@ from dask_lambda.deploy.plan import (
     delete_function,
     delete_layer,
     delete_log_group,
+    delete_repository,
     lifecycle_call,
     logs_are_ours,
 )
@@ -164,6 +165,13 @@ def _steps(removal: Removal, *, ours: bool, kept: bool) -> Iterator[Step]:
     for layer in seen.layers:
         call = delete_layer(layer.name, layer.version)
         yield Step("delete", "layer", f"{layer.name}:{layer.version}", (), [call])
+    if seen.repository is not None:
+        name = seen.repository.name
+        if is_ours(seen.repository, deployment):
+            why = (f"{len(seen.repository.images):,} images",)
+            yield Step("delete", "repository", name, why, [delete_repository(name)])
+        else:
+            yield Step("leave", "repository", name, ("it was not made by this deployment",))
     if seen.role is not None:
         if is_ours(seen.role, deployment):
             yield Step("delete", "role", seen.role.name, (), list(_without_role(seen.role)))

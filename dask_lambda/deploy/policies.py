@@ -110,25 +110,25 @@ def deployer(names: Names, *, image: bool = False) -> Document:
     ----------
     names : Names
     image : bool
-        Whether the functions are made of a container image in ECR, which they may fetch.
+        Whether the functions are made of a container image in ECR, which is pushed, or fetched.
     """
     role = names.role_arn
     functions = names.any_function_arn
     layers = names.any_layer_arn
-    images = [
-        _allow(
-            "Image",
-            (
-                "ecr:BatchGetImage",
-                "ecr:GetDownloadUrlForLayer",
-                "ecr:GetRepositoryPolicy",
-                "ecr:SetRepositoryPolicy",
-            ),
-            [names.any_image_arn],
-        )
-    ]
     return _document(
-        *(images if image else []),
+        *(_images(names) if image else []),
+        # Looked for each time, so that one which is not wanted any more is removed.
+        _allow(
+            "Repository",
+            (
+                "ecr:DescribeRepositories",
+                "ecr:ListTagsForResource",
+                "ecr:GetRepositoryPolicy",
+                "ecr:ListImages",
+                "ecr:DeleteRepository",
+            ),
+            [names.repository_arn],
+        ),
         _allow(
             "Bucket",
             (
@@ -225,6 +225,19 @@ def deployer(names: Names, *, image: bool = False) -> Document:
     )
 
 
+def fetching(names: Names) -> Document:
+    """Return a repository's policy by which Lambda may fetch its images, for our functions."""
+    return _document(
+        {
+            "Sid": "LambdaFetches",
+            "Effect": "Allow",
+            "Principal": {"Service": "lambda.amazonaws.com"},
+            "Action": ["ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"],
+            "Condition": {"StringLike": {"aws:sourceArn": names.any_function_arn}},
+        }
+    )
+
+
 def tls_only(names: Names) -> Document:
     """Return a bucket policy that refuses requests which are not encrypted on the way."""
     return _document(
@@ -294,6 +307,37 @@ def joined(document: Document | None, other: Document) -> Document:
 def _both(arn: str) -> list[str]:
     """Return an ARN with and without what may follow it: services differ in which they check."""
     return [arn, f"{arn}:*"]
+
+
+def _images(names: Names) -> list[Statement]:
+    """Return what it takes to push an image, and to make a function of any image."""
+    return [
+        _allow(
+            "Image",
+            (
+                "ecr:BatchGetImage",
+                "ecr:GetDownloadUrlForLayer",
+                "ecr:GetRepositoryPolicy",
+                "ecr:SetRepositoryPolicy",
+            ),
+            [names.any_image_arn],
+        ),
+        _allow(
+            "Push",
+            (
+                "ecr:CreateRepository",
+                "ecr:TagResource",
+                "ecr:BatchCheckLayerAvailability",
+                "ecr:InitiateLayerUpload",
+                "ecr:UploadLayerPart",
+                "ecr:CompleteLayerUpload",
+                "ecr:PutImage",
+                "ecr:BatchDeleteImage",
+            ),
+            [names.repository_arn],
+        ),
+        _allow("Login", ("ecr:GetAuthorizationToken",), ["*"]),  # which knows no resources
+    ]
 
 
 def _objects(names: Names) -> list[Statement]:

@@ -60,6 +60,16 @@ class SeenLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class SeenRepository:
+    """A repository in ECR."""
+
+    name: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    policy: Document | None = None
+    images: tuple[str, ...] = ()  #: the tags of its images
+
+
+@dataclass(frozen=True, slots=True)
 class SeenFunction:
     """A function with a name like ours, as GetFunction describes it."""
 
@@ -78,16 +88,19 @@ class Seen:
     log_groups: Mapping[str, SeenLogGroup] = field(default_factory=dict)
     layers: tuple[SeenLayer, ...] = ()
     functions: Mapping[str, SeenFunction] = field(default_factory=dict)
+    repository: SeenRepository | None = None
 
     def has_any(self, deployment: str) -> bool:
         """Whether anything of the deployment's own is there."""
         tagged: list[Any] = [*self.functions.values(), *self.log_groups.values()]
-        tagged += [each for each in (self.bucket, self.role) if each is not None]
+        single = (self.bucket, self.role, self.repository)
+        tagged += [each for each in single if each is not None]
         return bool(self.layers) or any(is_ours(each, deployment) for each in tagged)
 
 
 def is_ours(
-    found: SeenBucket | SeenRole | SeenLogGroup | SeenFunction | None, deployment: str
+    found: SeenBucket | SeenRole | SeenLogGroup | SeenFunction | SeenRepository | None,
+    deployment: str,
 ) -> bool:
     """Whether a deployment made it."""
     return found is not None and found.tags.get(TAG) == deployment
