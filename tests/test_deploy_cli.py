@@ -22,6 +22,7 @@ from dask_lambda.cli.env import requirements
 from dask_lambda.cli.local import NOT_RUNNING
 from dask_lambda.deploy import doctor
 from dask_lambda.deploy.aws import Account
+from dask_lambda.deploy.logs import follow
 from dask_lambda.deploy.record import configuration_path
 from dask_lambda.local import LocalAWS
 from tests.deploy_helpers import inventory
@@ -200,6 +201,37 @@ def test_doctor_says_when_nothing_is_deployed(cli: Cli) -> None:
 def test_logs_need_something_that_logs(cli: Cli) -> None:
     assert "dask-lambda deploy" in cli("logs", code=1).output
     assert "is no time" in cli("logs", "--since", "yesterday", code=2).output
+
+
+def test_logs_that_are_followed_come_once_each_as_they_are_written(aws: LocalAWS) -> None:
+    account, function = Account.of_local(aws), "followed"
+    group, begin = {"logGroupName": f"/aws/lambda/{function}"}, int(time.time() * 1000)
+    stream = {**group, "logStreamName": "2026/11/25/[$LATEST]5d3f"}
+
+    def write(*messages: str) -> None:
+        now = int(time.time() * 1000)
+        events = [{"timestamp": now + n, "message": text} for n, text in enumerate(messages)]
+        account.call("logs", "PutLogEvents", **stream, logEvents=events)
+
+    later = [(), ("third",), ("fourth", "fifth")]
+
+    def sleep(seconds: float) -> None:
+        if not later:
+            raise KeyboardInterrupt
+        if messages := later.pop(0):
+            write(*messages)
+
+    account.call("logs", "CreateLogGroup", **group)
+    try:
+        account.call("logs", "CreateLogStream", **stream)
+        write("first", "second")
+        lines = follow(account, [function, "without-a-log"], begin, sleep=sleep)
+        read = [next(lines).text for _ in range(5)]
+        assert read == ["first", "second", "third", "fourth", "fifth"]
+        with pytest.raises(KeyboardInterrupt):
+            next(lines)
+    finally:
+        account.call("logs", "DeleteLogGroup", **group)
 
 
 def test_files_of_the_users_own_are_left_alone(cli: Cli, deployed: dict[str, Any]) -> None:
