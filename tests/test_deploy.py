@@ -110,7 +110,6 @@ def test_from_an_account_to_a_result_and_back(home: Home) -> None:
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(200**3 / 4, rel=0.1)
     assert home.cli("cost") == "no runs are kept\n"  # each run's report said what it cost
-    assert json.loads(home.cli("cost", "--json"))["runs"] == []
 
     status = json.loads(home.cli("status", "--json"))
     assert status["deployed"]

@@ -5,7 +5,6 @@ May import: click, common; everything else late.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +12,8 @@ import click
 from dask_lambda.cli.common import as_json, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from dask_lambda.deploy.package import Package
 
 #: So many packages are named; the others are added up.
