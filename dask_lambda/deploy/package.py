@@ -467,7 +467,8 @@ def image_recipe(package: Package, handler: str = local_start.HANDLER) -> Recipe
     (package.directory / "Dockerfile").write_text(recipe, "utf-8")
     content = hashlib.sha256(local_start.worker_code() + recipe.encode()).hexdigest()
     tag = f"{package.digest}-{content[:16]}"
-    return Recipe(package.directory, package.platform, tag, package.because)
+    why = package.because.partition(": ")[0]  # what to do about it is done
+    return Recipe(package.directory, package.platform, tag, why)
 
 
 # ---------------------------------------------------------------------------------------------
