@@ -80,8 +80,8 @@ lint: $(INSTALLED) ## Check style and types
 conformance: $(INSTALLED) $(VENV)/tmp ## Run all of Dask's array, bag, delayed and dataframe tests on Lambda (hours)
 	@$(BIN)/python -m tests.conformance --all
 
-packaging: $(INSTALLED) $(VENV)/tmp ## Import every module of the packaged environment, and measure it
-	@$(BIN)/python -m pytest tests/test_packaged.py -m 'exhaustive or slow'
+packaging: $(INSTALLED) $(VENV)/tmp ## Import all of the packaged environment, deploy and measure it
+	@$(BIN)/python -m pytest tests/test_packaged.py tests/test_deploy.py -m 'exhaustive or slow'
 	@$(BIN)/python -m benchmarks.packaging
 
 bench: $(INSTALLED) $(VENV)/tmp ## Run the benchmarks

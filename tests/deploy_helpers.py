@@ -35,6 +35,10 @@ def inventory(account: Account) -> dict[str, Any]:
             for each in account.pages("logs", "DescribeLogGroups", "logGroups")
             if "dask-lambda-" in each["logGroupName"]
         ),
+        "repositories": sorted(
+            each["repositoryName"]
+            for each in account.pages("ecr", "DescribeRepositories", "repositories")
+        ),
     }
 
 

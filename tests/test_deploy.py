@@ -20,6 +20,10 @@ pytestmark = pytest.mark.local
 ROOT = Path(__file__).parents[1]
 LADDER = ("--memory", "1769", "--memory", "3538")
 
+#: README's example, a hundredth as long in each direction: this machine is all of AWS here.
+README = (ROOT / "README.md").read_text("utf-8")
+EXAMPLE = README.split("```python\n")[1].split("```")[0].replace("_000", "0")
+
 PROGRAM = """
 import dask.array as da
 from dask_lambda import lambda_get, last_report
@@ -49,7 +53,7 @@ class Home:
             cwd=self.directory,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=400,
         )
 
     def cli(self, *arguments: str, code: int = 0) -> str:
@@ -101,6 +105,12 @@ def test_from_an_account_to_a_result_and_back(home: Home) -> None:
     assert float(result) == 40 * 40 * 40
     assert int(invocations) > 0
 
+    assert "(200, 200), chunks=(20, 20)" in EXAMPLE
+    done = home.python("-c", f"{EXAMPLE}\nprint(y)")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(200**3 / 4, rel=0.1)
+    assert home.cli("cost") == "no runs are kept\n"  # each run's report said what it cost
+
     status = json.loads(home.cli("status", "--json"))
     assert status["deployed"]
     assert status["remarks"] == []
@@ -122,3 +132,62 @@ def test_from_an_account_to_a_result_and_back(home: Home) -> None:
     assert "delete bucket" in destroyed
     assert home.cli("status", code=3).startswith("nothing of 'dask-lambda' is deployed")
     assert not home.files()
+
+
+# -- with the packages themselves: make packaging ------------------------------------------------
+
+WHERE_NUMPY_IS = """
+import dask
+from dask_lambda import lambda_get
+
+@dask.delayed
+def where():
+    import numpy, lambda_worker
+    return numpy.__file__, lambda_worker.__file__
+
+print(*where().compute(scheduler=lambda_get))
+"""
+
+#: Lambda's own runtime of Python 3.11 has too old a C library for wheels of NumPy and SciPy.
+LAYERS_FIT = sys.version_info >= (3, 12)
+
+
+@pytest.fixture
+def home_with_cache(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home directory whose cache is kept, and from which no docker is seen."""
+    home.environment["XDG_CACHE_HOME"] = str(ROOT / ".venv" / "deployed")
+    home.environment["PATH"] = str(tmp_path_factory.mktemp("bin"))
+    return home
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not LAYERS_FIT, reason="these packages need an image with this Python")
+def test_from_an_account_to_a_result_and_back_with_layers(home_with_cache: Home) -> None:
+    home = home_with_cache
+    built = json.loads(home.cli("env", "build", "--json"))
+    assert built["form"] == "layers"
+    assert built["unzipped"] <= 200e6
+    deployed = home.cli("deploy", "--yes")
+    assert "create layer dask-lambda-packages-1" in deployed
+    assert json.loads(home.cli("deploy", "--yes", "--json"))["done"] == []
+    assert json.loads(home.cli("hello", "--json"))["cold"]
+    numpy, worker = home.python("-c", WHERE_NUMPY_IS).stdout.split()
+    assert "site-packages" not in numpy  # but a layer's
+    assert Path(worker).parents[1] != ROOT  # but the function's own code
+    done = home.python("-c", f"{EXAMPLE}\nprint(y)")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(200**3 / 4, rel=0.1)
+    assert home.cli("cost") == "no runs are kept\n"
+    assert "delete layer dask-lambda-packages-1" in home.cli("destroy", "--yes")
+    assert not home.files()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(LAYERS_FIT, reason="these packages fit into layers with this Python")
+def test_where_only_an_image_would_do_it_says_how_to_build_one(home_with_cache: Home) -> None:
+    said = home_with_cache.cli("deploy", "--yes", code=1)
+    assert "docker, which builds container images, is not installed here" in said
+    assert "docker push " in said
+    assert not home_with_cache.files()

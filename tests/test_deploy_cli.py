@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import click
 import dask
 import pytest
 from click.testing import CliRunner, Result
 
 from dask_lambda.cli import main
+from dask_lambda.cli.deploy import DIFFERS, NOTHING_DEPLOYED
+from dask_lambda.cli.env import requirements
+from dask_lambda.cli.local import NOT_RUNNING
+from dask_lambda.deploy import doctor
 from dask_lambda.deploy.aws import Account
+from dask_lambda.deploy.logs import follow
 from dask_lambda.deploy.record import configuration_path
 from dask_lambda.local import LocalAWS
 from tests.deploy_helpers import inventory
@@ -194,6 +203,37 @@ def test_logs_need_something_that_logs(cli: Cli) -> None:
     assert "is no time" in cli("logs", "--since", "yesterday", code=2).output
 
 
+def test_logs_that_are_followed_come_once_each_as_they_are_written(aws: LocalAWS) -> None:
+    account, function = Account.of_local(aws), "followed"
+    group, begin = {"logGroupName": f"/aws/lambda/{function}"}, int(time.time() * 1000)
+    stream = {**group, "logStreamName": "2026/11/25/[$LATEST]5d3f"}
+
+    def write(*messages: str) -> None:
+        now = int(time.time() * 1000)
+        events = [{"timestamp": now + n, "message": text} for n, text in enumerate(messages)]
+        account.call("logs", "PutLogEvents", **stream, logEvents=events)
+
+    later = [(), ("third",), ("fourth", "fifth")]
+
+    def sleep(seconds: float) -> None:
+        if not later:
+            raise KeyboardInterrupt
+        if messages := later.pop(0):
+            write(*messages)
+
+    account.call("logs", "CreateLogGroup", **group)
+    try:
+        account.call("logs", "CreateLogStream", **stream)
+        write("first", "second")
+        lines = follow(account, [function, "without-a-log"], begin, sleep=sleep)
+        read = [next(lines).text for _ in range(5)]
+        assert read == ["first", "second", "third", "fourth", "fifth"]
+        with pytest.raises(KeyboardInterrupt):
+            next(lines)
+    finally:
+        account.call("logs", "DeleteLogGroup", **group)
+
+
 def test_files_of_the_users_own_are_left_alone(cli: Cli, deployed: dict[str, Any]) -> None:
     path = configuration_path()
     assert oct(os.stat(path).st_mode & 0o777) == "0o600"
@@ -205,3 +245,50 @@ def test_files_of_the_users_own_are_left_alone(cli: Cli, deployed: dict[str, Any
     cli("deploy", "--worker-only", "--memory", "1769", "--yes")
     settings = dask.config.collect([str(path.parent)], env={})
     assert settings["dask-lambda"]["function"] == "other"
+
+
+# -- all commands ------------------------------------------------------------------------------
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """All commands that do something, and how they are called."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+def test_every_command_answers_in_json() -> None:
+    found = dict(commands(main))
+    assert {"deploy", "env build", "runs list", "local stop", "cost", "clean"} <= set(found)
+    without = [
+        name
+        for name, command in found.items()
+        if not any("--json" in parameter.opts for parameter in command.params)
+    ]
+    assert without == []
+
+
+def test_the_guide_lists_every_command_and_exit_code() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text("utf-8")
+    codes = set(re.findall(r"^\| (\d) \| ", text, re.MULTILINE))
+    assert codes == {"0", "1", "2", str(NOTHING_DEPLOYED), str(NOT_RUNNING), str(DIFFERS)}
+    for name in ("deploy", "status", "destroy", "hello", "doctor", "logs", "env build", "env show"):
+        assert f"`{name}`" in text or f"dask-lambda {name}`" in text, name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "result"), [(0, "passed"), (-120, "warning"), (120, "warning"), (-400, "failed")]
+)
+def test_a_clock_that_is_wrong_is_found(seconds: float, result: str) -> None:
+    date = formatdate(time.time() + seconds, usegmt=True)  # as AWS's answers have it
+    check = doctor._clock({"ResponseMetadata": {"HTTPHeaders": {"date": date}}})
+    assert check.result == result
+    assert ("NTP" in check.advice) == (result != "passed")
+
+
+def test_workers_can_read_what_is_compressed() -> None:
+    assert requirements(["pandas"]) == ["pandas"]
+    with dask.config.set({"dask-lambda.compression": "zstd"}):
+        assert requirements(["pandas"]) == ["pandas", "zstandard"]

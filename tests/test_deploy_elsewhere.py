@@ -12,15 +12,15 @@ import pytest
 from botocore.validate import ParamValidator
 from moto.server import ThreadedMotoServer
 
-from dask_lambda.deploy import artifact, cloudformation, deployment, layers
+from dask_lambda.deploy import artifact, cloudformation, deployment, layers, policies
 from dask_lambda.deploy import package as packaging
 from dask_lambda.deploy.apply import Applier
-from dask_lambda.deploy.artifact import Archive, Layer, Package
+from dask_lambda.deploy.artifact import Archive, Layer, Package, Recipe
 from dask_lambda.deploy.aws import Account
-from dask_lambda.deploy.calls import Step
+from dask_lambda.deploy.calls import Push, Step
 from dask_lambda.deploy.destroy import destroy, prepare_removal
 from dask_lambda.deploy.look import look
-from dask_lambda.deploy.naming import Where
+from dask_lambda.deploy.naming import Where, image_uri
 from dask_lambda.deploy.plan import changes, plan
 from dask_lambda.deploy.platforms import Platform
 from dask_lambda.deploy.resources import Blueprint, Options, blueprint
@@ -36,6 +36,11 @@ ARCHIVE = Archive.of(b"PK")
 PACKAGE = Package(ARCHIVE, (Layer("packages-1", ARCHIVE, "c0ffee"),), "python3.12", "arm64")
 IMAGE = artifact.from_image(
     f"123456789012.dkr.ecr.eu-west-1.amazonaws.com/dask-lambda@sha256:{'a' * 64}", "arm64"
+)
+RECIPE = artifact.from_recipe(
+    Recipe(Path("context"), Platform.of_lambda("3.12", "arm64", image=True), "c0ffee-1"),
+    image_uri("dask-lambda", WHERE, "c0ffee-1"),
+    "c0ffee",
 )
 EVERYTHING = Options(
     memory=(1769, 10_240),
@@ -60,7 +65,9 @@ def described(options: Options, package: Package = PACKAGE) -> Blueprint:
 # -- every call is one that AWS knows ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("package", "large"), [(PACKAGE, False), (PACKAGE, True), (IMAGE, False)])
+@pytest.mark.parametrize(
+    ("package", "large"), [(PACKAGE, False), (PACKAGE, True), (IMAGE, False), (RECIPE, False)]
+)
 def test_botocore_accepts_the_parameters_of_every_call(
     monkeypatch: pytest.MonkeyPatch, package: Package, large: bool
 ) -> None:
@@ -74,9 +81,20 @@ def test_botocore_accepts_the_parameters_of_every_call(
     applier = Applier(None)  # type: ignore[arg-type]  # fills in bytes and ARNs, calls nothing
     applier.applied.layers["dask-lambda-packages-1"] = "arn:aws:lambda:eu-west-1:1:layer:x:1"
     for call in calls:
+        if isinstance(call, Push):
+            continue
         model = session.get_service_model(call.service).operation_model(call.operation)
         report = ParamValidator().validate(applier._filled(call.parameters), model.input_shape)
         assert not report.has_errors(), f"{call.operation}: {report.generate_report()}"
+
+
+@pytest.mark.parametrize("package", [PACKAGE, IMAGE, RECIPE])
+def test_whoever_deploys_is_allowed_every_call(package: Package) -> None:
+    wanted = described(EVERYTHING, package)
+    document = policies.deployer(wanted.names, image=package.image)
+    allowed = {action for each in document["Statement"] for action in each["Action"]}
+    needed = {call.action for step in plan(wanted, Seen()) for call in step.calls}
+    assert needed <= allowed
 
 
 @pytest.mark.parametrize(

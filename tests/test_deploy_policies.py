@@ -348,9 +348,10 @@ def test_whoever_has_the_policy_for_deploying_can_deploy_and_remove(
     names = deployment.names_of(options, account.where)
     whole = policies.deployer(names)
 
-    # AWS asks for this on the function, the embedded AWS on everything.
-    create = {"Sid": "C", "Effect": "Allow", "Action": "lambda:CreateFunction", "Resource": "*"}
-    whole = {**whole, "Statement": [*whole["Statement"], create]}
+    # AWS asks for these on the function and the repository, the embedded AWS on everything.
+    actions = ["lambda:CreateFunction", "ecr:DescribeRepositories"]
+    more = {"Sid": "C", "Effect": "Allow", "Action": actions, "Resource": "*"}
+    whole = {**whole, "Statement": [*whole["Statement"], more]}
 
     person.may(without(whole, "Role"))
     theirs = Account.open("us-east-1", account.endpoint_url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 
 from aiohttp import web
 from botocore.auth import SigV4Auth
@@ -16,14 +17,16 @@ REPLY = {"memory_mb": 128, "cold": False, "milliseconds": 1.5, "groups": []}
 CREDENTIALS = Credentials("AKIDEXAMPLE", "secret", "token")
 
 
-def invoke(function: str, payload: bytes) -> tuple[Reply, web.Request]:
-    """Invoke once; return the reply and the request that the server got."""
+def invoke(
+    function: str, payload: bytes, headers: dict[str, str] | None = None
+) -> tuple[Reply, web.Request]:
+    """Invoke once, answered with headers; return the reply and the request that the server got."""
     seen: list[web.Request] = []
 
     async def answer(request: web.Request) -> web.Response:
         await request.read()
         seen.append(request)
-        return web.json_response(REPLY)
+        return web.json_response(REPLY, headers=headers)
 
     async def run() -> Reply:
         app = web.Application()
@@ -69,3 +72,17 @@ def test_a_reply_of_the_worker_is_read_and_its_memory_remembered() -> None:
     reply, _ = invoke("work", b"{}")
     assert reply.content == REPLY
     assert reply.failure is None
+
+
+def test_what_was_billed_is_read_from_the_log_as_lambda_sends_it() -> None:
+    request = "RequestId: 8f5e33a9-1c1d-4e6b-b3c3-5d2f2c6f3a11"
+    log = (
+        f"START {request} Version: $LATEST\nEND {request}\n"
+        f"REPORT {request}\tDuration: 12.34 ms\tBilled Duration: 437 ms\tMemory Size: 128 MB\t"
+        "Max Memory Used: 71 MB\tInit Duration: 424.11 ms\t\n"
+    )
+    header = {"X-Amz-Log-Result": base64.b64encode(log.encode()).decode()}
+    reply, request_sent = invoke("work", b"{}", header)
+    assert request_sent.headers["X-Amz-Log-Type"] == "Tail"
+    assert reply.billed_ms == 437
+    assert invoke("work", b"{}")[0].billed_ms is None

@@ -275,6 +275,23 @@ def test_whatever_could_be_imported_before_can_be_imported_after(built, unpacked
     assert could - can == set()
 
 
+@pytest.mark.exhaustive
+def test_what_an_image_would_hold_runs_as_its_recipe_says(tmp_path):
+    built = package.build(form="image", cache=ROOT / ".venv" / "deployed" / "dask-lambda")
+    if not package.runs_here(built.platform):
+        pytest.skip("this machine has another C library or processor than the image")
+    context = package.image_recipe(built).context
+    lines = [line.split() for line in (context / "Dockerfile").read_text().splitlines()]
+    for source, target in (line[1:] for line in lines if line[:1] == ["COPY"]):
+        shutil.copytree(context / source, tmp_path / target.strip("/"), dirs_exist_ok=True)
+    (handler,) = json.loads(next(" ".join(line[1:]) for line in lines if line[:1] == ["CMD"]))
+    task = function_environment([tmp_path / "var" / "task"], HOME=str(tmp_path))
+    with RuntimeAPI(handler, task, tmp_path / "log") as api:
+        kind, reply = api.invoke(array_event())
+        assert (kind, value(reply)) == ("response", 60**3), api.log()
+        assert reply["environment"] == built.digest
+
+
 def test_it_is_not_built_again(built):
     again = package.build(form="layers", platform=HERE, cache=built.directory.parents[1])
     assert not again.fresh

@@ -101,6 +101,17 @@ def test_no_more_run_at_the_same_time_than_lambda_lets(proxy: Proxy, connect: Co
     assert report().throttles == proxy.seen["invoke"] - 40 > 0
 
 
+def test_a_new_account_with_ten_executions_at_a_time_is_slow_and_no_error(
+    proxy: Proxy, connect: Connect
+) -> None:
+    scheduler = connect(endpoint_url=proxy.url, concurrency=1000)  # as if it were any account
+    proxy.limit(concurrency=10)
+    made = [delayed(inc)(i) for i in range(60)]
+    assert dask.compute(*made, scheduler=scheduler, plan="none") == tuple(range(1, 61))
+    assert proxy.peak <= 10
+    assert report().invocations == 60
+
+
 def test_no_more_are_started_in_a_second_than_lambda_lets(proxy: Proxy, connect: Connect) -> None:
     scheduler = connect(endpoint_url=proxy.url, concurrency=8)
     proxy.limit(rate=50)

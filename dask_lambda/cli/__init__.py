@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dask_lambda.cli import bucket, cost, deploy, local, look, runs
+from dask_lambda.cli import bucket, cost, deploy, env, local, look, runs
 
 
 class _Group(click.Group):
@@ -57,6 +57,6 @@ def main() -> None:
 for command in (
     *(deploy.deploy, deploy.status, deploy.destroy),
     *(look.hello, look.doctor, look.logs),
-    *(local.local, runs.runs, cost.cost, bucket.clean, bucket.lifecycle_rules),
+    *(env.env, local.local, runs.runs, cost.cost, bucket.clean, bucket.lifecycle_rules),
 ):
     main.add_command(command)

@@ -1,6 +1,6 @@
 """``dask-lambda deploy``, ``status``, ``destroy``: what is in an AWS account.
 
-May import: click, common; everything else late.
+May import: click, common, env (for options); everything else late.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dask_lambda.cli.common import as_json, confirm, endpoint_url, name, print_json, region, yes
+from dask_lambda.cli.env import build_packages, choice_of_packages, summary
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from dask_lambda.deploy.artifact import Package
+    from dask_lambda.deploy.artifact import Package, Recipe
     from dask_lambda.deploy.aws import Account
     from dask_lambda.deploy.calls import Step
     from dask_lambda.deploy.deployment import Prepared, State
@@ -43,13 +42,6 @@ SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=",
     help="A function for each size; give it several times.  [default: 1769, 3538, 10240]",
 )
 @click.option("--timeout", type=int, default=900, show_default=True, help="Seconds.")
-@click.option(
-    "--architecture",
-    type=click.Choice(["x86_64", "arm64"]),
-    default="x86_64",
-    show_default=True,
-    help="arm64 costs a fifth less for the same time.",
-)
 @click.option("--storage", type=int, default=512, show_default=True, help="MB of /tmp.")
 @click.option("--log-days", type=int, default=14, show_default=True, help="Log lines are kept.")
 @click.option(
@@ -63,20 +55,12 @@ SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=",
 @click.option("--permissions-boundary", metavar="ARN", help="Of the execution role.")
 @click.option("--tracing", is_flag=True, help="Switch X-Ray on.")
 @click.option("--metrics", is_flag=True, help="Have workers write metrics for CloudWatch.")
-@click.option("--package", "packages", multiple=True, help="A package that tasks import.")
-@click.option(
-    "--from",
-    "requirements",
-    type=click.Path(exists=True, dir_okay=False),
-    help="A file with requirements.",
-)
+@choice_of_packages
 @click.option(
     "--image",
     metavar="URI",
-    help="A container image in ECR, in place of layers.",
+    help="A container image in ECR that you have pushed, in place of what would be built.",
 )
-@click.option("--everything", is_flag=True, help="All packages that are installed here.")
-@click.option("--without", multiple=True, help="A package that no task needs.")
 @click.option(
     "--worker-only",
     is_flag=True,
@@ -118,6 +102,8 @@ def deploy(**given: Any) -> None:
     account = open_account(given["region"], given["endpoint_url"])
     package = _package(given, account.where)
     if given["cloudformation"]:
+        if package.recipe is not None:  # a template cannot build one
+            raise click.ClickException(_how_to_push(package.recipe, account.where))
         from dask_lambda.deploy.resources import blueprint
 
         wanted = blueprint(
@@ -129,6 +115,7 @@ def deploy(**given: Any) -> None:
     if given["dry_run"]:
         _print_dry_run(prepared, given["as_json"])
         return
+    _check_docker(prepared)
     if not given["as_json"]:
         _print_plan(prepared)
     if prepared.changes:
@@ -234,10 +221,9 @@ def open_account(region: str | None, endpoint_url: str | None, name: str | None 
 
 def _package(given: dict[str, Any], where: Where) -> Package:
     """Build what is deployed, or find it built."""
-    from pathlib import Path
-
     from dask_lambda.deploy import artifact
     from dask_lambda.deploy import package as packaging
+    from dask_lambda.deploy.naming import image_uri
     from lambda_worker.environment import PREIMPORT
 
     early = [(PREIMPORT, packaging.PREIMPORT)]
@@ -245,44 +231,44 @@ def _package(given: dict[str, Any], where: Where) -> Package:
         return artifact.from_image(given["image"], given["architecture"], early)
     if given["worker_only"]:
         return artifact.worker_only(given["architecture"])
-    click.echo("building the workers' packages, unless they are built already ...", err=True)
-    requirements = given["requirements"]
-    built = packaging.build(
-        given["packages"],
-        requirements=Path(requirements) if requirements else None,
-        everything=given["everything"],
-        without=given["without"],
-        architecture=given["architecture"],
-    )
-    largest = ", ".join(f"{each.name} {each.nbytes / 1e6:.0f}" for each in built.sizes[:4])
-    click.echo(
-        f"{len(built.packages)} packages, {built.unzipped / 1e6:.0f} MB unzipped ({largest}, ...), "
-        f"environment {built.digest}",
-        err=True,
-    )
+    built = build_packages(given)
+    click.echo(summary(built), err=True)
     if built.form == "image":
-        raise click.ClickException(
-            _how_to_push(packaging.image_context(built), given["architecture"], where)
-        )
+        recipe = packaging.image_recipe(built)
+        uri = image_uri(given["name"], where, recipe.tag)
+        return artifact.from_recipe(recipe, uri, built.digest, early)
     return artifact.from_environment(built, packaging.function_code(), early)
 
 
-def _how_to_push(context: Path, architecture: str, where: Where) -> str:
-    from dask_lambda.deploy.image import DOCKER_PLATFORMS
+def _check_docker(prepared: Prepared) -> None:
+    """Stop before anything is made, if an image is to be built and cannot be."""
+    from dask_lambda.deploy import image
+    from dask_lambda.deploy.calls import Push
 
-    domain = "amazonaws.com.cn" if where.partition == "aws-cn" else "amazonaws.com"
-    registry = f"{where.account}.dkr.ecr.{where.region}.{domain}"
-    repository = f"{registry}/dask-lambda"
-    platform = DOCKER_PLATFORMS[architecture]
+    for step in prepared.changes:
+        for call in step.calls:
+            if isinstance(call, Push) and (why := image.unavailable()) is not None:
+                where = prepared.wanted.names.where
+                raise click.ClickException(f"{why}\n{_how_to_push(call.recipe, where)}")
+
+
+def _how_to_push(recipe: Recipe, where: Where) -> str:
+    """Say what is to be done where docker is: with a repository that is the user's own."""
+    from dask_lambda.deploy.image import build_arguments
+
+    image = f"{where.registry}/dask-lambda:{recipe.tag}"
+    build = " ".join(build_arguments(recipe.context, image, recipe.platform))
+    architecture = recipe.platform.architecture
+    because = f" ({recipe.because})" if recipe.because else ""
     return (
-        "these packages need a container image: they are too large for layers, or one of them has "
-        f"no wheel for Lambda's own runtime. Its recipe is in {context}. Where docker is:\n"
+        f"these packages need a container image{because}. Its recipe is in {recipe.context}. "
+        "Where docker is:\n"
         f"  aws ecr create-repository --region {where.region} --repository-name dask-lambda\n"
         f"  aws ecr get-login-password --region {where.region} | docker login --username AWS "
-        f"--password-stdin {registry}\n"
-        f"  docker build --platform {platform} --provenance=false -t {repository}:1 {context}\n"
-        f"  docker push {repository}:1\n"
-        f"  dask-lambda deploy --image {repository}:1 --architecture {architecture}\n"
+        f"--password-stdin {where.registry}\n"
+        f"  docker {build}\n"
+        f"  docker push {image}\n"
+        f"  dask-lambda deploy --image {image} --architecture {architecture}\n"
         "Or leave packages out (--without), or use Python 3.12 or newer, which has more wheels"
     )
 
@@ -347,9 +333,10 @@ def _print_plan(prepared: Prepared) -> None:
     if not prepared.changes:
         click.echo("everything is there already")
     else:
+        images = "; $0.10 for images" if prepared.wanted.repository else ""
         click.echo(
             "None of it costs anything while nothing runs, but what is stored ($0.023 per GB and "
-            "month in S3, in us-east-1)."
+            f"month in S3, in us-east-1{images})."
         )
 
 
@@ -367,6 +354,7 @@ def _describe(state: State) -> dict[str, Any]:
         "region": record.region,
         "bucket": record.bucket if state.seen.bucket else None,
         "role": record.names.role_arn if state.seen.role else None,
+        "repository": state.seen.repository.name if state.seen.repository else None,
         "functions": [
             {
                 "name": each.name,
@@ -396,6 +384,8 @@ def _print_state(state: State) -> None:
         click.echo(f"  bucket     {record.bucket}")
     if state.seen.role:
         click.echo(f"  role       {record.names.role}")
+    if state.seen.repository:
+        click.echo(f"  repository {state.seen.repository.name}")
     if record.environment:
         click.echo(f"  packages   {record.environment}  ({record.architecture})")
     if state.concurrency is not None:

@@ -1,6 +1,6 @@
 """Carrying out a plan.
 
-May import: aws, calls, errors.
+May import: aws, calls, image (for docker), errors.
 
 AWS's control plane is eventually consistent: a role that was just made cannot be taken on for some
 seconds, a function that was just changed cannot be changed again.  That is waited for here.
@@ -8,14 +8,16 @@ seconds, a function that was just changed cannot be changed again.  That is wait
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dask_lambda.deploy import image
 from dask_lambda.deploy.artifact import Archive
 from dask_lambda.deploy.aws import Account, code_of
-from dask_lambda.deploy.calls import Call, LayerArn, Step
+from dask_lambda.deploy.calls import Call, LayerArn, Push, Step
 from dask_lambda.errors import DaskLambdaError, DeploymentError
 
 #: Seconds until what AWS says about something that is being made is believed: a new role takes
@@ -111,7 +113,10 @@ class Applier:
             self._tell(step)
             try:
                 for call in step.calls:
-                    self.make(call)
+                    if isinstance(call, Push):
+                        self._push(call)
+                    else:
+                        self.make(call)
             except Exception as error:
                 if step.optional and step.optional in str(error):
                     self.applied.left_out.append((step, str(error)))
@@ -148,6 +153,13 @@ class Applier:
             self.applied.layers[parameters["LayerName"]] = answer["LayerVersionArn"]
         self._settle(call)
         return answer
+
+    def _push(self, push: Push) -> None:
+        """Have docker build an image and push it, as whom ECR lets it."""
+        image.build(push.recipe.context, push.uri, push.recipe.platform)
+        (login,) = self._account.call("ecr", "GetAuthorizationToken")["authorizationData"]
+        user, _, password = base64.b64decode(login["authorizationToken"]).decode().partition(":")
+        image.push(push.uri, user, password)
 
     def _filled(self, value: Any) -> Any:
         """Put bytes and ARNs in their places."""

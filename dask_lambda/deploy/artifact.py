@@ -1,6 +1,6 @@
-"""What is deployed: the function's code and its layers, as zip files.
+"""What is deployed: the function's code and its layers, as zip files; or a container image.
 
-May import: layers (for a limit), local_start (for the installed worker), errors.
+May import: layers (for a limit), platforms, local_start (for the installed worker), errors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Literal, Protocol, cast
 
 from dask_lambda import local_start
 from dask_lambda.deploy import layers
+from dask_lambda.deploy.platforms import Platform
 from dask_lambda.errors import ConfigurationError
 
 Architecture = Literal["x86_64", "arm64"]
@@ -87,6 +88,27 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Recipe:
+    """A container image that docker can build.
+
+    Attributes
+    ----------
+    context : Path
+        The directory with the ``Dockerfile``.
+    platform : Platform
+    tag : str
+        Names the content: an image with this tag is not built again.
+    because : str
+        Why it is an image.
+    """
+
+    context: Path
+    platform: Platform
+    tag: str
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Package:
     """What runs in Lambda.
 
@@ -107,6 +129,8 @@ class Package:
     image : str, optional
         URI of a container image in ECR, which holds all of it: then there are no zip files, and
         runtime and handler are the image's own.
+    recipe : Recipe, optional
+        By which the image is built and pushed there, if it is ours to do that.
     """
 
     code: Archive | None
@@ -117,6 +141,7 @@ class Package:
     environment: str = ""
     variables: tuple[tuple[str, str], ...] = ()
     image: str | None = None
+    recipe: Recipe | None = None
 
 
 def from_image(
@@ -152,6 +177,31 @@ def from_image(
         environment=environment,
         variables=tuple(variables),
         image=uri,
+    )
+
+
+def from_recipe(
+    recipe: Recipe, uri: str, environment: str, variables: Sequence[tuple[str, str]] = ()
+) -> Package:
+    """Return a container image that is to be built, pushed and deployed.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    uri : str
+        Where in ECR it will be.
+    environment : str
+        Hash of what it holds.
+    variables : sequence of (str, str)
+        Environment variables of the function that it needs.
+    """
+    return Package(
+        None,
+        architecture=cast(Architecture, recipe.platform.architecture),
+        environment=environment,
+        variables=tuple(variables),
+        image=uri,
+        recipe=recipe,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dask_lambda.deploy import policies
-from dask_lambda.deploy.artifact import Archive
+from dask_lambda.deploy.artifact import Archive, Recipe
 
 Verb = Literal["create", "change", "keep", "delete", "empty", "leave"]
 #: What has to be waited for after a call, before the next one.
@@ -64,6 +64,45 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Push:
+    """Building a container image, and pushing it: docker's work, which is shown among the calls.
+
+    Attributes
+    ----------
+    recipe : Recipe
+    uri : str
+        Where in ECR it will be.
+    """
+
+    recipe: Recipe
+    uri: str
+
+    @property
+    def service(self) -> str:
+        """Who does it."""
+        return "docker"
+
+    @property
+    def operation(self) -> str:
+        """What is done."""
+        return "push"
+
+    @property
+    def action(self) -> str:
+        """The permission that it needs, among others."""
+        return policies.action_of("ecr", "PutImage")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for people and programs to read."""
+        parameters = {
+            "context": str(self.recipe.context),
+            "platform": str(self.recipe.platform),
+            "image": self.uri,
+        }
+        return {"service": self.service, "operation": self.operation, "parameters": parameters}
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What is done about one resource.
 
@@ -74,7 +113,7 @@ class Step:
         Of the resource: ``"function"``, ``"dask-lambda-1769"``.
     why : sequence of str
         What differs, or what there is to say.
-    calls : sequence of Call
+    calls : sequence of Call or Push
     optional : str
         If the account refuses the first call for this reason, the resource is left out.
     """
@@ -83,7 +122,7 @@ class Step:
     kind: str
     name: str
     why: Sequence[str] = ()
-    calls: Sequence[Call] = ()
+    calls: Sequence[Call | Push] = ()
     optional: str = ""
 
     def to_json(self) -> dict[str, Any]:

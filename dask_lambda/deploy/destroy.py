@@ -25,6 +25,7 @@ from dask_lambda.deploy.plan import (
     delete_function,
     delete_layer,
     delete_log_group,
+    delete_repository,
     lifecycle_call,
     logs_are_ours,
 )
@@ -183,6 +184,13 @@ def _steps(removal: Removal, *, ours: bool, kept: bool) -> Iterator[Step]:
     for layer in seen.layers:
         call = delete_layer(layer.name, layer.version)
         yield Step("delete", "layer", f"{layer.name}:{layer.version}", (), [call])
+    if seen.repository is not None:
+        name = seen.repository.name
+        if is_ours(seen.repository, deployment):
+            why = (f"{len(seen.repository.images):,} images",)
+            yield Step("delete", "repository", name, why, [delete_repository(name)])
+        else:
+            yield Step("leave", "repository", name, ("it was not made by this deployment",))
     if seen.role is not None:
         if is_ours(seen.role, deployment):
             yield Step("delete", "role", seen.role.name, (), list(_without_role(seen.role)))
@@ -193,8 +201,8 @@ def _steps(removal: Removal, *, ours: bool, kept: bool) -> Iterator[Step]:
     elif seen.bucket is not None:
         yield Step("leave", "bucket", record.bucket, ("it was not made by this deployment",))
     elif seen.refused:
-        why = "it is somebody else's, or you may not list it (s3:ListBucket)"
-        yield Step("leave", "bucket", record.bucket, (why,))
+        unknown = "it is somebody else's, or you may not list it (s3:ListBucket)"
+        yield Step("leave", "bucket", record.bucket, (unknown,))
 
 
 def _without_role(role: SeenRole) -> Iterator[Call]:

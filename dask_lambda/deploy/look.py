@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from dask_lambda.deploy.aws import Account, code_of
-from dask_lambda.deploy.naming import LOGS, role_name, size_of
+from dask_lambda.deploy.naming import LOGS, repository_name, role_name, size_of
 from dask_lambda.deploy.resources import layer_description
 from dask_lambda.deploy.seen import (
     Seen,
@@ -18,6 +18,7 @@ from dask_lambda.deploy.seen import (
     SeenFunction,
     SeenLayer,
     SeenLogGroup,
+    SeenRepository,
     SeenRole,
 )
 from dask_lambda.errors import AccessDeniedError, DeploymentError
@@ -59,6 +60,7 @@ def look(account: Account, deployment: str, bucket: str, *, foreign: bool = Fals
         _layers(account, deployment),
         look_at_functions(account, deployment),
         refused,
+        _repository(account, repository_name(deployment)),
     )
 
 
@@ -206,6 +208,28 @@ def _layers(account: Account, deployment: str) -> tuple[SeenLayer, ...]:
             if each.get("Description", "").startswith(layer_description(deployment))
         ]
     return tuple(found)
+
+
+def _repository(account: Account, name: str) -> SeenRepository | None:
+    named = {"repositoryName": name}
+    answer = account.found(
+        "ecr", "DescribeRepositories", "RepositoryNotFoundException", repositoryNames=[name]
+    )
+    if answer is None:
+        return None
+    (repository,) = answer["repositories"]
+    arn = repository["repositoryArn"]
+    tags = account.call("ecr", "ListTagsForResource", resourceArn=arn)
+    policy = account.found(
+        "ecr", "GetRepositoryPolicy", "RepositoryPolicyNotFoundException", **named
+    )
+    images = account.pages("ecr", "ListImages", "imageIds", **named)
+    return SeenRepository(
+        name,
+        _tags(tags.get("tags", [])),
+        json.loads(policy["policyText"]) if policy else None,
+        tuple(sorted(each["imageTag"] for each in images if "imageTag" in each)),
+    )
 
 
 def _tags(tags: list[dict[str, str]]) -> dict[str, str]:

@@ -37,6 +37,12 @@ class Where:
     region: str
     partition: str = "aws"
 
+    @property
+    def registry(self) -> str:
+        """The host from which Lambda takes container images: ECR's, in this account and region."""
+        domain = "amazonaws.com.cn" if self.partition == "aws-cn" else "amazonaws.com"
+        return f"{self.account}.dkr.ecr.{self.region}.{domain}"
+
     def __str__(self) -> str:
         return f"account {self.account}, {self.region}"
 
@@ -84,6 +90,16 @@ class Names:
     def layer(self, name: str) -> str:
         """Return the name of a layer of the package."""
         return f"{self.deployment}-{name}"
+
+    @property
+    def repository(self) -> str:
+        """The name of the repository in ECR, for workers that are a container image."""
+        return repository_name(self.deployment)
+
+    @property
+    def repository_arn(self) -> str:
+        """The ARN of the repository."""
+        return self._arn("ecr", f"repository/{self.repository}")
 
     @property
     def bucket_arn(self) -> str:
@@ -170,6 +186,16 @@ def role_name(deployment: str, region: str) -> str:
 def bucket_name(deployment: str, where: Where) -> str:
     """Return the name of a deployment's own bucket; bucket names are unique in the world."""
     return f"{deployment}-{where.account}-{where.region}"
+
+
+def repository_name(deployment: str) -> str:
+    """Return the name of a deployment's repository in ECR."""
+    return f"{deployment}-workers"
+
+
+def image_uri(deployment: str, where: Where, tag: str) -> str:
+    """Return the URI of an image in a deployment's repository."""
+    return f"{where.registry}/{repository_name(deployment)}:{tag}"
 
 
 def size_of(deployment: str, function: str) -> int | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from typing import Any, Literal
 
 from dask_lambda import local_start
 from dask_lambda.deploy import environment, image, layers, trim, wheels
+from dask_lambda.deploy.artifact import Recipe
 from dask_lambda.deploy.layers import Layer, Size
 from dask_lambda.deploy.platforms import Platform
 from dask_lambda.errors import PackagingError
@@ -452,13 +454,10 @@ def function_code() -> bytes:
         return target.read_bytes()
 
 
-def image_context(package: Package, handler: str = local_start.HANDLER) -> Path:
+def image_recipe(package: Package, handler: str = local_start.HANDLER) -> Recipe:
     """Complete the directory from which an image is built: the worker as it is now, and the recipe.
 
-    Returns
-    -------
-    Path
-        The directory with the ``Dockerfile``.
+    The tag names the packages, the worker and the recipe: equal ones are not pushed again.
     """
     code = package.directory / image.WORKER
     shutil.rmtree(code, ignore_errors=True)
@@ -466,7 +465,10 @@ def image_context(package: Package, handler: str = local_start.HANDLER) -> Path:
     trim.compile_all(code, image.ROOT, processes=1)
     recipe = image.dockerfile(package.platform, handler)
     (package.directory / "Dockerfile").write_text(recipe, "utf-8")
-    return package.directory
+    content = hashlib.sha256(local_start.worker_code() + recipe.encode()).hexdigest()
+    tag = f"{package.digest}-{content[:16]}"
+    why = package.because.partition(": ")[0]  # what to do about it is done
+    return Recipe(package.directory, package.platform, tag, why)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 from dask_lambda import lifecycle
 from dask_lambda.deploy import policies
 from dask_lambda.deploy.artifact import Archive
-from dask_lambda.deploy.calls import Call, LayerArn, Step, Verb
+from dask_lambda.deploy.calls import Call, LayerArn, Push, Step, Verb
 from dask_lambda.deploy.naming import LOGS, size_of
 from dask_lambda.deploy.resources import (
     ROLE_POLICY,
@@ -24,12 +24,14 @@ from dask_lambda.deploy.resources import (
     FunctionSpec,
     LayerSpec,
     LogGroupSpec,
+    RepositorySpec,
     RoleSpec,
 )
 from dask_lambda.deploy.seen import (
     Seen,
     SeenBucket,
     SeenLogGroup,
+    SeenRepository,
     SeenRole,
     is_ours,
 )
@@ -39,6 +41,8 @@ from dask_lambda.errors import BucketNotFoundError, ConfigurationError, Deployme
 SMALL_ACCOUNT = 3008
 #: S3's only region that CreateBucket must not be told (its API: CreateBucket).
 US_EAST_1 = "us-east-1"
+#: That ECR deletes with one call (its API: BatchDeleteImage).
+MAX_IMAGES = 100
 
 BLOCK_PUBLIC_ACCESS = {
     "BlockPublicAcls": True,
@@ -81,6 +85,8 @@ def plan(wanted: Blueprint, seen: Seen, *, begun: Collection[str] = ()) -> list[
     """
     arns = _known_layers(wanted, seen)
     steps = [
+        # First, since it is what takes longest, and what docker may fail at.
+        *_repository(wanted.repository, seen.repository, wanted),
         *_bucket(wanted, seen.bucket, begun),
         _role(wanted.role, seen.role, wanted.options.name),
         *(_log_group(wanted, each, seen) for each in wanted.log_groups),
@@ -97,6 +103,69 @@ def plan(wanted: Blueprint, seen: Seen, *, begun: Collection[str] = ()) -> list[
 def changes(steps: list[Step]) -> list[Step]:
     """Return the steps that do something."""
     return [step for step in steps if step.calls]
+
+
+# -- the image ---------------------------------------------------------------------------------
+
+
+def _repository(
+    spec: RepositorySpec | None, seen: SeenRepository | None, wanted: Blueprint
+) -> Iterator[Step]:
+    if spec is None:
+        return
+    name = {"repositoryName": spec.name}
+    policy = Call("ecr", "SetRepositoryPolicy", {**name, "policyText": json.dumps(spec.policy)})
+    if seen is None:
+        create = {
+            **name,
+            "imageTagMutability": "IMMUTABLE",  # a tag names the content
+            "tags": _tag_list(spec.tags),
+        }
+        calls = [Call("ecr", "CreateRepository", create), policy]
+        yield Step("create", "repository", spec.name, (), calls)
+    elif not is_ours(seen, wanted.options.name):
+        raise _taken("repository", spec.name)
+    else:
+        why: list[str] = []
+        calls = []
+        if not policies.contains(seen.policy, spec.policy):
+            why.append("Lambda may not fetch images from it")
+            both = json.dumps(policies.joined(seen.policy, spec.policy))
+            calls.append(Call("ecr", "SetRepositoryPolicy", {**name, "policyText": both}))
+        if missing := _missing_tags(spec.tags, seen.tags):
+            why.append(_tags_differ(missing))
+            arn = wanted.names.repository_arn
+            tags = {"resourceArn": arn, "tags": _tag_list(missing)}
+            calls.append(Call("ecr", "TagResource", tags))
+        yield _step("repository", spec.name, why, calls)
+    if seen is not None and spec.recipe.tag in seen.images:
+        yield Step("keep", "image", spec.uri)
+    else:
+        why = [spec.recipe.because] if spec.recipe.because else []
+        yield Step("create", "image", spec.uri, why, [Push(spec.recipe, spec.uri)])
+
+
+def _surplus_images(wanted: Blueprint, seen: SeenRepository | None) -> Iterator[Step]:
+    if seen is None or not is_ours(seen, wanted.options.name):
+        return
+    used = wanted.package.image or ""
+    if wanted.repository is None:
+        if not used.startswith(f"{wanted.names.where.registry}/{seen.name}"):
+            why = ("workers are no image of it any more",)
+            yield Step("delete", "repository", seen.name, why, [delete_repository(seen.name)])
+        return
+    old = [tag for tag in seen.images if tag != wanted.repository.recipe.tag]
+    if old:
+        ids = [{"imageTag": tag} for tag in old[:MAX_IMAGES]]
+        call = Call("ecr", "BatchDeleteImage", {"repositoryName": seen.name, "imageIds": ids})
+        why = ("environments that are not used any more",)
+        yield Step("delete", "images", seen.name, why, [call])
+
+
+def delete_repository(name: str) -> Call:
+    """Return the call that deletes a repository with all of its images."""
+    gone = ("RepositoryNotFoundException",)
+    return Call("ecr", "DeleteRepository", {"repositoryName": name, "force": True}, done=gone)
 
 
 # -- the bucket --------------------------------------------------------------------------------
@@ -295,8 +364,8 @@ def _layers(wanted: Blueprint, arns: Mapping[str, str]) -> Iterator[Step]:
         if spec.name in arns:
             yield Step("keep", "layer", spec.name, (arns[spec.name],))
             continue
-        upload: list[Call] = []
-        gone: list[Call] = []
+        upload: list[Call | Push] = []
+        gone: list[Call | Push] = []
         content: dict[str, Any] = {"ZipFile": spec.archive}
         if spec.archive.is_large:
             put, delete = _through_s3(wanted, spec.archive, "layer")
@@ -474,6 +543,7 @@ def _surplus(wanted: Blueprint, seen: Seen, arns: Mapping[str, str]) -> Iterator
             why = ("an environment that is not used any more",)
             name = f"{layer.name}:{layer.version}"
             yield Step("delete", "layer", name, why, [delete_layer(layer.name, layer.version)])
+    yield from _surplus_images(wanted, seen.repository)
 
 
 def delete_function(name: str) -> Call:

@@ -107,8 +107,8 @@ def deployer(names: Names, *, image: str | None = None, boundary: str | None = N
     ----------
     names : Names
     image : str, optional
-        URI of the container image in ECR that the functions are made of: Lambda has whoever makes
-        them allow it to fetch that.
+        URI of the container image in ECR that the functions are made of, which is pushed, or
+        fetched: Lambda has whoever makes them allow it to fetch that.
     boundary : str, optional
         ARN of the role's permissions boundary: nothing is allowed to the role then that this does
         not allow.  Without one, who may say what the role may can have all that can be allowed.
@@ -116,15 +116,20 @@ def deployer(names: Names, *, image: str | None = None, boundary: str | None = N
     role = names.role_arn
     functions = names.any_function_arn
     layers = names.any_layer_arn
-    images = []
-    if image is not None:
-        actions = (
-            *("ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"),
-            *("ecr:GetRepositoryPolicy", "ecr:SetRepositoryPolicy"),
-        )
-        images.append(_allow("Image", actions, [names.arn_of_image(image)]))
     return _document(
-        *images,
+        *(_images(names, image) if image else []),
+        # Looked for each time, so that one which is not wanted any more is removed.
+        _allow(
+            "Repository",
+            (
+                "ecr:DescribeRepositories",
+                "ecr:ListTagsForResource",
+                "ecr:GetRepositoryPolicy",
+                "ecr:ListImages",
+                "ecr:DeleteRepository",
+            ),
+            [names.repository_arn],
+        ),
         _allow(
             "Bucket",
             (
@@ -227,6 +232,19 @@ def deployer(names: Names, *, image: str | None = None, boundary: str | None = N
     )
 
 
+def fetching(names: Names) -> Document:
+    """Return a repository's policy by which Lambda may fetch its images, for our functions."""
+    return _document(
+        {
+            "Sid": "LambdaFetches",
+            "Effect": "Allow",
+            "Principal": {"Service": "lambda.amazonaws.com"},
+            "Action": ["ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"],
+            "Condition": {"StringLike": {"aws:sourceArn": names.any_function_arn}},
+        }
+    )
+
+
 def tls_only(names: Names) -> Document:
     """Return a bucket policy that refuses requests which are not encrypted on the way."""
     return _document(
@@ -296,6 +314,37 @@ def joined(document: Document | None, other: Document) -> Document:
 def _both(arn: str) -> list[str]:
     """Return an ARN with and without what may follow it: services differ in which they check."""
     return [arn, f"{arn}:*"]
+
+
+def _images(names: Names, image: str) -> list[Statement]:
+    """Return what it takes to push an image, and to make a function of it."""
+    return [
+        _allow(
+            "Image",
+            (
+                "ecr:BatchGetImage",
+                "ecr:GetDownloadUrlForLayer",
+                "ecr:GetRepositoryPolicy",
+                "ecr:SetRepositoryPolicy",
+            ),
+            [names.arn_of_image(image)],
+        ),
+        _allow(
+            "Push",
+            (
+                "ecr:CreateRepository",
+                "ecr:TagResource",
+                "ecr:BatchCheckLayerAvailability",
+                "ecr:InitiateLayerUpload",
+                "ecr:UploadLayerPart",
+                "ecr:CompleteLayerUpload",
+                "ecr:PutImage",
+                "ecr:BatchDeleteImage",
+            ),
+            [names.repository_arn],
+        ),
+        _allow("Login", ("ecr:GetAuthorizationToken",), ["*"]),  # which knows no resources
+    ]
 
 
 def _objects(names: Names) -> list[Statement]:

@@ -12,7 +12,7 @@ from typing import Any
 from dask_lambda import lifecycle
 from dask_lambda.config import MAX_MEMORY, MAX_TIMEOUT, MIN_MEMORY
 from dask_lambda.deploy import policies
-from dask_lambda.deploy.artifact import Archive, Package
+from dask_lambda.deploy.artifact import Archive, Package, Recipe
 from dask_lambda.deploy.layers import MAX_LAYERS
 from dask_lambda.deploy.naming import DEFAULT, TAG, Names, Where, bucket_name, check_name
 from dask_lambda.errors import ConfigurationError
@@ -176,6 +176,17 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RepositorySpec:
+    """The repository in ECR, and the image in it that is ours to build and push."""
+
+    name: str
+    recipe: Recipe
+    uri: str
+    policy: policies.Document
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class FunctionSpec:
     """A function: what the code is, and all settings as Lambda names them."""
 
@@ -201,6 +212,7 @@ class Blueprint:
     log_groups: tuple[LogGroupSpec, ...]
     layers: tuple[LayerSpec, ...]
     functions: tuple[FunctionSpec, ...]
+    repository: RepositorySpec | None = None
 
 
 def names_of(options: Options, where: Where) -> Names:
@@ -289,6 +301,15 @@ def blueprint(
         tuple(LogGroupSpec(group, options.log_days, tags) for group in names.log_groups),
         layers,
         functions,
+        _repository(names, package, tags),
+    )
+
+
+def _repository(names: Names, package: Package, tags: Mapping[str, str]) -> RepositorySpec | None:
+    if package.recipe is None or package.image is None:
+        return None
+    return RepositorySpec(
+        names.repository, package.recipe, package.image, policies.fetching(names), tags
     )
 
 

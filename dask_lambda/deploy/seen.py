@@ -63,6 +63,16 @@ class SeenLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class SeenRepository:
+    """A repository in ECR."""
+
+    name: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    policy: Document | None = None
+    images: tuple[str, ...] = ()  #: the tags of its images
+
+
+@dataclass(frozen=True, slots=True)
 class SeenFunction:
     """A function with a name like ours, as GetFunction describes it."""
 
@@ -82,6 +92,7 @@ class Seen:
     layers: tuple[SeenLayer, ...] = ()
     functions: Mapping[str, SeenFunction] = field(default_factory=dict)
     refused: bool = False  #: there is a bucket of the name, which S3 says nothing of
+    repository: SeenRepository | None = None
 
     def has_any(self, deployment: str) -> bool:
         """Whether anything of the deployment's own is there."""
@@ -93,12 +104,14 @@ class Seen:
         return next(filter(None, found), None)
 
     def _tagged(self, deployment: str) -> list[Any]:
-        known: list[Any] = [*self.functions.values(), *self.log_groups.values()]
-        return [e for e in (*known, self.bucket, self.role) if is_ours(e, deployment)]
+        several: list[Any] = [*self.functions.values(), *self.log_groups.values()]
+        known = (*several, self.bucket, self.role, self.repository)
+        return [each for each in known if is_ours(each, deployment)]
 
 
 def is_ours(
-    found: SeenBucket | SeenRole | SeenLogGroup | SeenFunction | None, deployment: str
+    found: SeenBucket | SeenRole | SeenLogGroup | SeenFunction | SeenRepository | None,
+    deployment: str,
 ) -> bool:
     """Whether a deployment made it."""
     return found is not None and found.tags.get(TAG) == deployment
