@@ -202,7 +202,7 @@ def test_p2p_shuffles_say_which_setting_to_use(client: Client) -> None:
 def test_a_lost_object_is_an_error_and_not_an_endless_gather(
     client: Client, aws: Any, bucket_names: Names
 ) -> None:
-    future = client.submit(ones, BIG)
+    future = client.submit(ones, BIG, pure=False)  # no other test is to find it
     wait(future)
     for name in results(bucket_names):
         aws.client("s3").delete_object(Bucket=aws.bucket, Key=name)
@@ -217,6 +217,8 @@ def test_a_lost_object_is_an_error_and_not_an_endless_gather(
 def test_annotations_that_make_no_sense_are_refused_before_anything_is_sent(
     client: Client, cluster: LambdaCluster
 ) -> None:
+    (worker,) = cluster.workers.values()
+    assert eventually(lambda: not worker.session.engine.state.in_flight)  # of tests before
     before = cluster.report.invocations
     with dask.annotate(memory="much"), pytest.raises(ConfigurationError, match="memory='much'"):
         client.submit(inc, 1, pure=False).result()
