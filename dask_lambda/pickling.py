@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
@@ -31,6 +32,8 @@ from lambda_worker import protocol
 MAX_FUNCTION_BYTES = 16 * 1024
 #: So many are remembered: a session may live long, and its functions be made anew for each call.
 MAX_FUNCTIONS = 1000
+#: What the script is called in a process that multiprocessing has spawned.
+_SPAWNED_MAIN = "__mp_main__"
 #: What is no function of Python's and is pickled by name all the same.
 _NAMED = (BuiltinFunctionType, type(lru_cache(abs)))
 
@@ -51,6 +54,9 @@ class FunctionCache:
         # By id.  They are not held, nor is what they refer to, such as futures.
         self._functions: dict[int, tuple[weakref.ref[FunctionType], Any]] = {}
         self.note = note
+        main = sys.modules.get("__main__")
+        if main is not None and main.__name__ == _SPAWNED_MAIN:  # no worker has that script
+            cloudpickle.register_pickle_by_value(main)
 
     def dumps(
         self, value: object, *, buffer_callback: Callable[[pickle.PickleBuffer], bool]

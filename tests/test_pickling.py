@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from operator import add
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +51,34 @@ def test_functions_of_the_same_code_stay_apart():
     functions = FunctionCache()
     made = [pickle.loads(dumps(functions, Task(n, adder(n), 10)))() for n in range(20)]
     assert made == [10 + n for n in range(20)]
+
+
+SPAWNING = """
+import multiprocessing, sys
+from dask_lambda.pickling import FunctionCache
+
+def twice(x):
+    return 2 * x
+
+class Number:
+    value = 21
+
+def pickled(_):
+    return FunctionCache().dumps((twice, Number), buffer_callback=lambda buffer: True)
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        (data,) = pool.map(pickled, [0])
+    sys.stdout.buffer.write(data)
+"""
+
+
+def test_what_a_script_defines_travels_also_from_a_process_that_was_spawned(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(SPAWNING, "utf-8")
+    done = subprocess.run([sys.executable, script], capture_output=True, timeout=120, check=True)
+    twice, number = pickle.loads(done.stdout)
+    assert twice(number.value) == 42
 
 
 @pytest.mark.parametrize("size", [0, 100_000], ids=["pickled once", "too long for that"])
