@@ -142,6 +142,17 @@ def task_timeout(key: Key, said: Any) -> float | None:
     return seconds
 
 
+def task_seconds(key: Key, said: Any) -> float:
+    """Return how long one task is said to take; 0 if nothing is said.
+
+    Raises
+    ------
+    ConfigurationError
+        If what is said is no number of seconds.
+    """
+    return 0.0 if said is None else float(_number("seconds", key, said, _seconds))
+
+
 def _number(name: str, key: Key, value: Any, number: Callable[[Any], Any]) -> Any:
     try:
         return number(value)

@@ -99,8 +99,7 @@ class Endings:
         limits = {"max_cost_usd": run.max_cost_usd, "max_seconds": run.max_seconds}
         said = " and ".join(f"{name}={value:g}" for name, value in limits.items() if value)
         usd = run.counts.usd(run.store.counts, self._prices)
-        again = "" if run.folder is None else run.folder.again
-        return failures.from_budget(usd, time.monotonic() - run.started, said, again)
+        return failures.from_budget(usd, time.monotonic() - run.started, said, run.if_spent())
 
     async def cancel(self, run: Run) -> None:
         """Stop a run for which the caller does not wait any more."""

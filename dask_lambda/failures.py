@@ -407,7 +407,7 @@ def _store_failure(kind: str, message: str) -> Failure:
 # ---------------------------------------------------------------------------------------------
 
 
-def from_budget(spent_usd: float, seconds: float, limits: str, again: str = "") -> Failure:
+def from_budget(spent_usd: float, seconds: float, limits: str, advice: str) -> Failure:
     """Build the failure of a run that may not spend more.
 
     Parameters
@@ -417,12 +417,9 @@ def from_budget(spent_usd: float, seconds: float, limits: str, again: str = "") 
         That it took.
     limits : str
         What it was allowed, in the words of the settings.
-    again : str
-        How to go on, if its results stay.
+    advice : str
+        How to go on.
     """
-    advice = "None of it is kept: with resume='...' it would be. Raise the limit and compute again."
-    if again:
-        advice = f"What is done is kept: raise the limit and {again}."
     return Failure(
         FailureKind.BUDGET,
         Detail(

@@ -54,7 +54,7 @@ from distributed.worker_state_machine import (
     WorkerState,
 )
 
-from dask_lambda.annotations import task_memory, task_timeout
+from dask_lambda.annotations import task_memory, task_seconds, task_timeout
 from dask_lambda.graph import short, under
 from dask_lambda.proxy_scheduler import AHEAD
 from dask_lambda.report import CallReport
@@ -239,6 +239,7 @@ class ProxyWorker(distributed.Worker):
                 retries=0 if "retries" in said else self._retries,
                 memory=task_memory(ts.key, said.get("memory")),
                 timeout=task_timeout(ts.key, said.get("timeout")),
+                seconds=task_seconds(ts.key, said.get("seconds")),
                 where=said.get("where"),
             )
         except Exception as error:  # noqa: BLE001  told as if the task had raised it

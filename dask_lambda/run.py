@@ -225,6 +225,15 @@ class Run:
     def note_attempt(self, groups: Sequence[Group], usd: float, log: str) -> None:
         """Take note of an invocation, of what it cost, and of the end of its log in base64."""
 
+    def if_spent(self) -> str:
+        """Say how to go on when there is no budget left."""
+        if self.folder is None:
+            return (
+                "None of it is kept: with resume='...' it would be. Raise the limit and compute "
+                "again."
+            )
+        return f"What is done is kept: raise the limit and {self.folder.again}."
+
     def load(self, key: Key) -> Any:
         """Decode a result, giving up its sealed bytes."""
         return self.results.pop(key).load()

@@ -105,6 +105,7 @@ class Session:
         retries: int = 0,
         memory: int = 0,
         timeout: float | None = None,
+        seconds: float = 0.0,
         where: Where | None = None,
         stored: Stored | None = None,
     ) -> Stored:
@@ -128,6 +129,8 @@ class Session:
         timeout : float, optional
             Seconds after which it is interrupted.  Who allows more than Lambda does, and leaves
             ``where`` open, has it run elsewhere.
+        seconds : float
+            That it is said to take; more than a function allows is treated as such memory is.
         where : {"lambda", "local"}, optional
             Default: on Lambda, unless the call declares more memory or time than Lambda has
             (:mod:`dask_lambda.placement`).  A call that fits nowhere fails.
@@ -149,7 +152,7 @@ class Session:
         if self._end is not None:
             raise self._end
         key: Key = task.key
-        placed, failure = self._place(key, where, memory, timeout)
+        placed, failure = self._place(key, where, memory, timeout, seconds)
         group = Group(
             (key,),
             tuple(inputs),
@@ -182,15 +185,21 @@ class Session:
         return self._place(key, where, memory, timeout)[1]
 
     def _place(
-        self, key: Key, where: Where | None, memory: int, timeout: float | None
+        self,
+        key: Key,
+        where: Where | None,
+        memory: int,
+        timeout: float | None,
+        seconds: float = 0.0,
     ) -> tuple[Where, BaseException | None]:
         """Decide where a call runs, or why it cannot run at all."""
-        if where is None and not memory and not timeout:  # nearly all calls
+        if where is None and not (memory or timeout or seconds):  # nearly all calls
             return "lambda", None
         if where not in (None, *get_args(Where)):
             raise errors.ConfigurationError(f"where={where!r} must be 'lambda' or 'local'")
         # A limit below Lambda's own says how long it may take, and not how long it takes.
-        seconds = timeout if timeout and timeout > MAX_TIMEOUT and self._offer.local else 0.0
+        if timeout and timeout > MAX_TIMEOUT and self._offer.local:
+            seconds = max(seconds, timeout)
         name = self.shown(key)
         try:
             placed, why = place(name, Declared(where, memory, seconds), self._offer)

@@ -168,6 +168,13 @@ class SessionRun(Run):
         name = self.session.shown(origin.outputs[0])
         return failures.to_exception(failure, name, {self.encoder.run: self.secret})
 
+    def if_spent(self) -> str:
+        """Say how to go on when there is no budget left."""
+        return (
+            "Its calls were given up, and results that are in S3 deleted. Raise the limit, and "
+            "begin with a new executor or cluster."
+        )
+
     def note_attempt(self, groups: Sequence[Group], usd: float, log: str) -> None:
         """Take note of what an attempt at some calls has cost."""
         self.attempts += 1

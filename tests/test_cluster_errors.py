@@ -234,6 +234,18 @@ def test_memory_that_a_function_has_is_granted(client: Client) -> None:
         assert client.submit(inc, 1, pure=False).result() == 2
 
 
+def test_what_takes_longer_than_lambda_allows_runs_here(client: Client) -> None:
+    def function() -> str:
+        return os.environ.get("AWS_LAMBDA_FUNCTION_NAME", "")
+
+    with dask.annotate(seconds=2000):
+        assert client.submit(function, pure=False).result() == ""
+    with dask.annotate(seconds=2000, where="lambda"):
+        assert client.submit(function, pure=False).result()
+    with dask.annotate(seconds="long"), pytest.raises(ConfigurationError, match="seconds='long'"):
+        client.submit(inc, 1, pure=False).result()
+
+
 def test_what_is_to_run_here_runs_here_and_reads_what_lambda_wrote(client: Client) -> None:
     def total(block: np.ndarray) -> tuple[float, str]:
         return block.sum(), os.environ.get("AWS_LAMBDA_FUNCTION_NAME", "")
@@ -453,7 +465,7 @@ def test_a_budget_ends_all_calls_with_an_error(aws: Any) -> None:
     with LambdaClient(dashboard_address=None, max_cost_usd=1e-9) as client:
         with pytest.raises(BudgetExceededError):
             client.gather(client.map(inc, range(50)))
-        with pytest.raises(BudgetExceededError):
+        with pytest.raises(BudgetExceededError, match="begin with a new executor or cluster"):
             client.submit(inc, 100).result()
 
 
