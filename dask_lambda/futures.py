@@ -13,13 +13,14 @@ from __future__ import annotations
 import base64
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures._base import CANCELLED, FINISHED, PENDING, RUNNING
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from dask_lambda.distant import Answer, DistantFuture, Source, answer_name
@@ -34,6 +35,15 @@ logger = logging.getLogger("dask_lambda")
 
 #: In place of a value that is not at hand.
 MISSING: Any = object()
+
+
+class _Here(threading.local):
+    """The delivery whose thread this is, if it is one's."""
+
+    delivery: Delivery | None = None
+
+
+_here = _Here()
 
 
 class LambdaFuture(Future):
@@ -113,8 +123,32 @@ class LambdaFuture(Future):
             If it was cancelled.
         The call's own exception, or an error of :mod:`dask_lambda.errors`.
         """
+        self._wait_here(timeout)
         super().result(timeout)
         return self._load()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the call to end; return its exception, or None.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait.
+
+        Raises
+        ------
+        TimeoutError
+            If the call does not end in that time.
+        CancelledError
+            If it was cancelled.
+        """
+        self._wait_here(timeout)
+        return super().exception(timeout)
+
+    def _wait_here(self, timeout: float | None) -> None:
+        """In a callback, where nobody else would complete the future: have that done."""
+        if _here.delivery is not None and not self.done():
+            _here.delivery.deliver(self, timeout)
 
     def cancel(self) -> bool:
         """Give up the call, and those that wait for its result, if it was not sent yet.
@@ -136,7 +170,8 @@ class LambdaFuture(Future):
         """Have a function called with this future when it is done.
 
         It is called in the executor's delivery thread, or at once if the future is done.  It may
-        use the result.  Others complete when it has returned.
+        use the result, make calls, and wait for the ``result()`` of theirs.  Otherwise futures
+        complete when it has returned, so it must not wait for them in any other way.
         """
         # An event loop that copies the outcome must neither wait for a download, nor meet an error
         # for which it is not prepared.
@@ -369,15 +404,35 @@ class Delivery:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def deliver(self, future: LambdaFuture, timeout: float | None) -> None:
+        """Go on until a future is done, or for so many seconds; in the thread, in a callback."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not future.done() and future in self.pending:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            with suppress(Empty):
+                self._next(left)
+
+    def _next(self, timeout: float | None = None) -> None:
+        """Wait for news, and take them.
+
+        Raises
+        ------
+        queue.Empty
+            If there are none for so many seconds.
+        """
+        news = self.inbox.get(timeout=timeout)
+        try:
+            if news is not None:
+                self._take(news)
+        except Exception:
+            logger.exception("a future could not be completed")
+
     def _work(self) -> None:
+        _here.delivery = self
         while True:
-            news = self.inbox.get()
-            try:
-                if news is not None:
-                    self._take(news)
-            except Exception:
-                logger.exception("a future could not be completed")
-            del news  # or its future would live on while the thread waits
+            self._next()
             if self._closing and not self.pending and self.inbox.empty():
                 break
         self._ended()

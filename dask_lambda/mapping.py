@@ -117,9 +117,11 @@ class Results(Iterator[Any]):
             return False
 
     def _result(self, future: LambdaFuture) -> Any:
-        if self._deadline is None:
-            return future.result()
-        return future.result(max(0.0, self._deadline - time.monotonic()))
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        try:
+            return future.result(left)
+        except StopIteration as error:  # which would be taken for the end of the results
+            raise RuntimeError(f"{future.key} raised StopIteration") from error
 
     def _fill(self) -> None:
         """Make calls, as many as may be ahead."""
