@@ -168,7 +168,7 @@ class ProxyWorker(distributed.Worker):
     @property
     def session(self) -> Session:
         """Where the tasks are run."""
-        assert self._session is not None, "the worker has not started"
+        assert self._session is not None, "the worker is not running"
         return self._session
 
     async def start_unsafe(self) -> Any:
@@ -184,6 +184,7 @@ class ProxyWorker(distributed.Worker):
         done = await super().close(*arguments, **options)
         if self._session is not None:
             await beside(self._session.close)
+            self._session = None  # distributed never lets go of a worker
         self._calls.clear()
         self.data.clear()
         return done

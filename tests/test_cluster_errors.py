@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import sleep, time
 from typing import Any
+from urllib.parse import urlsplit
 
 import dask
 import dask.dataframe as dd
@@ -508,6 +509,22 @@ print("started", flush=True)
     )
     assert done.stdout == "started\n", done.stderr
     assert eventually(lambda: set(bucket_names()) <= before, 5)
+
+
+def test_a_cluster_that_was_closed_holds_no_connections(aws: Any) -> None:
+    def connections() -> int:
+        return sum(
+            each.raddr.port == urlsplit(aws.endpoint_url).port
+            for each in psutil.Process().net_connections("tcp")
+            if each.raddr
+        )
+
+    before = connections()
+    with LambdaClient(dashboard_address=None) as client:
+        client.gather(client.map(ones, [BIG] * 3, pure=False))
+        assert connections() > before
+    gc.collect()
+    assert eventually(lambda: connections() <= before), "its pool of connections is still there"
 
 
 def test_ports_are_free_when_a_cluster_is_closed(aws: Any) -> None:
