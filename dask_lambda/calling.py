@@ -20,8 +20,8 @@ from dask.utils import parse_bytes
 
 from dask_lambda.arguments import parse
 from dask_lambda.config import MAX_TIMEOUT
-from dask_lambda.errors import ConfigurationError, DaskLambdaError
-from dask_lambda.futures import Delivery, Heard, LambdaFuture
+from dask_lambda.errors import ConfigurationError
+from dask_lambda.futures import Delivery, Heard, LambdaFuture, LateFuture
 from dask_lambda.loop_thread import claim_process
 from dask_lambda.plan import Where
 from dask_lambda.report import RunReport
@@ -175,14 +175,21 @@ class Calling:
         if named:
             named = {word: parse(each, session, found) for word, each in named.items()}
         name = name or name_of(function)
-        future = LambdaFuture(self.new_key(name), session)
-        task = Task(future.key, function, *arguments, **named)
+        key = self.new_key(name)
+        task = Task(key, function, *arguments, **named)
+        unknown = [each for each in found.values() if not each._known]
+        if unknown:
+            late = LateFuture(key, session)
+
+            def send() -> None:
+                self.send(late, task, found, limits, name)
+                late._became_known()
+
+            self.expect(late)
+            Deferred(unknown, send)
+            return late
+        future = LambdaFuture(key, session)
         self.expect(future)
-        if found:
-            unknown = [each for each in found.values() if not each._known]
-            if unknown:
-                Deferred(unknown, lambda: self.send(future, task, found, limits, name))
-                return future
         self.send(future, task, found, limits, name)
         return future
 
@@ -246,7 +253,7 @@ class Calling:
                 where=limits.where,
                 stored=future._stored,
             )
-        except DaskLambdaError as error:
+        except Exception as error:  # noqa: BLE001  whatever has ended the session
             heard.failed(error, "")
 
     # -- the end ---------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ steps is never more than these few.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +16,13 @@ from typing import Any
 from dask._task_spec import Task, TaskRef
 
 from dask_lambda.arguments import parse
-from dask_lambda.calling import Calling, Limits, name_of
-from dask_lambda.futures import LambdaFuture
+from dask_lambda.calling import Calling, Deferred, Limits, name_of
+from dask_lambda.futures import LambdaFuture, LateFuture
 from dask_lambda.report import CallReport
 from dask_lambda.session import Session
 
 
-class ChainFuture(LambdaFuture):
+class ChainFuture(LateFuture):
     """The last state of a chain of steps; see :meth:`LambdaExecutor.iterate`.
 
     It is the future of the last step.  :meth:`cancel` gives up the steps that were not sent yet; a
@@ -34,8 +33,6 @@ class ChainFuture(LambdaFuture):
     k : int
         How many steps are done.
     """
-
-    _known = False
 
     def __init__(
         self,
@@ -60,16 +57,25 @@ class ChainFuture(LambdaFuture):
         self._limits = limits
         self._history: list[LambdaFuture] | None = [] if history else None
         self._ahead = ahead
+        self._begun = False
         self._submitted = 0
         self._steps: deque[LambdaFuture] = deque()  # submitted, and not known to be done
         self._last: LambdaFuture | None = None  # the step before the next one
-        self._waiting: list[Callable[[], None]] = []  # until the engine knows the last step
-        self._chain_lock = threading.RLock()
 
     def begin(self) -> None:
         """Submit the first steps."""
         self._calling.expect(self)
-        with self._chain_lock:
+        unknown = [each for each in self._inputs.values() if not each._known]
+        if unknown:
+            Deferred(unknown, self._begin)
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        with self._late_lock:
+            self._begun = True
+            if self.cancelled():
+                self._submit_last()
             while self._submitted < self._iterations and len(self._steps) < self._ahead:
                 self._submit_next()
 
@@ -91,22 +97,16 @@ class ChainFuture(LambdaFuture):
         """Whether any step was sent, and the chain has not ended."""
         if self.done():
             return False
-        with self._chain_lock:
+        with self._late_lock:
             steps = tuple(self._steps)
         return super().running() or bool(self.k) or any(each.running() for each in steps)
 
     # -- in any thread ---------------------------------------------------------------------------
 
-    def _when_known(self, act: Callable[[], None]) -> None:
-        """Have something done when the last step was submitted."""
-        with self._chain_lock:
-            if not self._known:
-                self._waiting.append(act)
-                return
-        act()
-
     def _give_up(self) -> None:
-        with self._chain_lock:
+        with self._late_lock:
+            if not self._begun:
+                return
             if not self._known:  # so that those who wait for the chain are cancelled with it
                 self._submit_last()
             keys = [self.key, *(each.key for each in self._steps)]
@@ -125,14 +125,11 @@ class ChainFuture(LambdaFuture):
 
     def _submit_last(self) -> None:
         """Submit what this is the future of: the last step, or what takes its place."""
-        self._known = True
         self._send(self, self._iterations - 1)
         self._submitted = self._iterations
         self._last = None
         self._inputs, self._argument = {}, None
-        waiting, self._waiting = self._waiting, []
-        for act in waiting:
-            act()
+        self._became_known()
 
     def _send(self, future: LambdaFuture, k: int) -> None:
         inputs, before = dict(self._inputs), self._last
@@ -146,7 +143,7 @@ class ChainFuture(LambdaFuture):
     # -- in the delivery thread ------------------------------------------------------------------
 
     def _one_done(self, future: LambdaFuture) -> None:
-        with self._chain_lock:
+        with self._late_lock:
             if self._steps and self._steps[0] is future:
                 self._steps.popleft()
             if future.cancelled() or future.exception() is not None:

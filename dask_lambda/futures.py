@@ -15,7 +15,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures._base import CANCELLED, FINISHED, PENDING, RUNNING
 from contextlib import suppress
@@ -38,9 +39,10 @@ MISSING: Any = object()
 
 
 class _Here(threading.local):
-    """The delivery whose thread this is, if it is one's."""
+    """The delivery whose thread this is, if it is one's; what this thread is to do next."""
 
     delivery: Delivery | None = None
+    acts: deque[Callable[[], None]] | None = None
 
 
 _here = _Here()
@@ -345,6 +347,47 @@ class LambdaFuture(Future):
     def __del__(self) -> None:
         if notes := getattr(self, "_notes", None):
             self._session.erase_notes(notes)
+
+
+class LateFuture(LambdaFuture):
+    """The result of a call of which the engine hears later: it waits for another one of these."""
+
+    _known = False
+
+    def __init__(self, key: str, session: Session):
+        super().__init__(key, session)
+        self._late_lock = threading.RLock()
+        self._waiting: list[Callable[[], None]] = []  # until the engine knows the call
+
+    def _when_known(self, act: Callable[[], None]) -> None:
+        """Have something done when the engine has heard of the call; in any thread."""
+        with self._late_lock:
+            if not self._known:
+                self._waiting.append(act)
+                return
+        act()
+
+    def _became_known(self) -> None:
+        """Do what waited for that."""
+        with self._late_lock:
+            self._known = True
+            waiting, self._waiting = self._waiting, []
+        _do(waiting)
+        if self.cancelled():  # before there was anything to give up
+            self._give_up()
+
+
+def _do(acts: Iterable[Callable[[], None]]) -> None:
+    """Do one thing after the other, and what comes of that: not nested, however much it is."""
+    if _here.acts is not None:
+        _here.acts.extend(acts)
+        return
+    _here.acts = deque(acts)
+    try:
+        while _here.acts:
+            _here.acts.popleft()()
+    finally:
+        _here.acts = None
 
 
 class Heard:
