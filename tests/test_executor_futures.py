@@ -11,13 +11,14 @@ import sys
 import threading
 import weakref
 from concurrent.futures import CancelledError, Future, as_completed, wait
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dask_lambda import LambdaExecutor
+from dask_lambda import LambdaExecutor, LambdaFuture
 from dask_lambda.errors import LostDataError, RemoteError
 from tests.executor_helpers import (
     LARGE,
@@ -102,6 +103,37 @@ class Poison:
 
     def __reduce__(self) -> Any:
         return int, ("poison",)
+
+
+def test_callbacks_may_make_calls_and_wait_for_them(executor):
+    def four_times(future: LambdaFuture) -> None:
+        twice = executor.submit(double, future)
+        twice.add_done_callback(lambda _: seen.append(executor.submit(double, twice).result()))
+        seen.append(twice.result())
+        seen.append(type(executor.submit(truediv, 1, 0).exception()))
+        done.set()
+
+    seen: list[Any] = []
+    done = threading.Event()
+    executor.submit(double, 1).add_done_callback(four_times)
+    assert done.wait(60)
+    assert seen == [8, 4, ZeroDivisionError]
+
+
+def test_waiting_in_a_callback_ends_with_the_timeout(executor, gate):
+    def wait_for(_: LambdaFuture) -> None:
+        try:
+            executor.submit(gate, 2).result(0.1)
+        except TimeoutError as error:
+            seen.append(error)
+        done.set()
+
+    seen: list[Any] = []
+    done = threading.Event()
+    executor.submit(double, 1).add_done_callback(wait_for)
+    assert done.wait(60)
+    gate.open()
+    assert len(seen) == 1
 
 
 def test_asyncio_waits_for_futures(executor, gate):

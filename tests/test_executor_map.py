@@ -100,6 +100,16 @@ def test_an_exception_in_map_gives_up_the_rest(make, marks):
     assert list(results) == []
 
 
+def test_a_call_that_raises_stopiteration_does_not_look_like_the_end_of_the_results(executor):
+    def first(items: list[int]) -> int:
+        return next(iter(items))
+
+    results = executor.map(first, [[1], [], [3]])
+    assert next(results) == 1
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        next(results)
+
+
 def test_an_exception_of_the_iterable_reaches_who_reads(executor):
     def broken() -> Iterator[int]:
         yield 1
@@ -257,6 +267,42 @@ def test_results_of_iterations_are_arguments_like_any_other(executor):
     assert total.result(WAIT) == 18
     with pytest.raises(LookupError, match="at 4"):
         failed.result(WAIT)
+
+
+def test_calls_and_iterations_wait_for_what_itself_waits_for_iterations(executor):
+    chains = executor.iterate(counted, 5, repeat(100, 7))
+    total = executor.reduce(sum, chains, split_every=2)
+    (again,) = executor.iterate(told, 3, [executor.submit(double, total)])
+    third = executor.submit(double, executor.iterate(counted, 3, [again])[0])
+    assert total.result(WAIT) == 35
+    assert again.result(WAIT) == [(0, 70), (1, 70), (2, 70)]
+    assert third.result(WAIT) == 6
+
+
+def test_any_number_of_calls_waits_for_an_iteration_in_turn(executor, gate):
+    def stopped(k: int, x: Any, arg: Any) -> None:
+        raise LookupError(gate("it goes on"))
+
+    (last,) = executor.iterate(stopped, 3, [1])
+    for _ in range(1500):
+        last = executor.submit(double, last)
+    gate.open()
+    with pytest.raises(LookupError):
+        last.result(WAIT)
+
+
+def test_what_waits_for_an_iteration_can_be_given_up_with_all_that_waits_for_it(executor, gate):
+    (chain,) = executor.iterate(counted, 10**9, [-1])
+    reader = executor.submit(double, chain)
+    second = executor.submit(double, reader)
+    (further,) = executor.iterate(told, 2, [second])
+    assert reader.cancel()
+    assert further.cancel()
+    assert not chain.done()
+    assert chain.cancel()
+    assert wait([chain, reader, second, further], WAIT).not_done == set()
+    assert second.cancelled()
+    assert eventually(lambda: not executor._calling._delivery.pending)
 
 
 def test_shutdown_waits_for_iterations(make):
