@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from html import escape
 from typing import Any
 
@@ -102,38 +102,35 @@ class LambdaCluster(SpecCluster):
         self._last_report: RunReport | None = None
         self._holding = True
         signals.hold()  # in the main thread, if it is: SIGTERM is to delete what is there
-        if not asynchronous:  # in the caller's thread, who gets what goes wrong as it is
-            try:
+        with ExitStack() as stack:
+            stack.callback(self._end)  # if anything goes wrong, Ctrl-C included
+            if not asynchronous:  # in the caller's thread, who gets what goes wrong as it is
                 self._engine.connect()
-            except BaseException:
-                self._end()
-                raise
-        host = None if protocol == "inproc" else LOOPBACK
-        unmoved: dict[Any, BaseException] = {}
-        scheduler = {
-            "protocol": f"{protocol}://",
-            "host": host,
-            "port": port,
-            "security": security,
-            "dashboard": dashboard_address is not None,
-            # Without a dashboard there is a page of numbers, which is for this machine as well.
-            "dashboard_address": dashboard_address or f"{LOOPBACK}:0",
-            "unmoved": unmoved,
-            **(scheduler_kwargs or {}),
-        }
-        worker = {
-            "protocol": f"{protocol}://",
-            "host": host,
-            "security": security,
-            "dashboard_address": f"{LOOPBACK}:0",
-            "resources": resources,
-            "silence_logs": silence_logs,
-            "engine": self._engine,
-            "retries": self._settings.retries,
-            "unmoved": unmoved,
-        }
-        spec = {"cls": ProxyWorker, "options": worker}
-        try:
+            host = None if protocol == "inproc" else LOOPBACK
+            unmoved: dict[Any, BaseException] = {}
+            scheduler = {
+                "protocol": f"{protocol}://",
+                "host": host,
+                "port": port,
+                "security": security,
+                "dashboard": dashboard_address is not None,
+                # Without a dashboard there is a page of numbers, which is for this machine as well.
+                "dashboard_address": dashboard_address or f"{LOOPBACK}:0",
+                "unmoved": unmoved,
+                **(scheduler_kwargs or {}),
+            }
+            worker = {
+                "protocol": f"{protocol}://",
+                "host": host,
+                "security": security,
+                "dashboard_address": f"{LOOPBACK}:0",
+                "resources": resources,
+                "silence_logs": silence_logs,
+                "engine": self._engine,
+                "retries": self._settings.retries,
+                "unmoved": unmoved,
+            }
+            spec = {"cls": ProxyWorker, "options": worker}
             super().__init__(
                 scheduler={"cls": ProxyScheduler, "options": scheduler},
                 workers={NAME: spec},
@@ -144,9 +141,7 @@ class LambdaCluster(SpecCluster):
                 silence_logs=silence_logs,
                 name=name,
             )
-        except BaseException:
-            self._end()
-            raise
+            stack.pop_all()
 
     # -- its life --------------------------------------------------------------------------------
 
@@ -373,7 +368,8 @@ class LambdaClient(Client):
         **settings: Any,
     ):
         own = LambdaCluster(asynchronous=asynchronous, **settings)
-        try:
+        with ExitStack() as stack:
+            stack.callback(own.close)  # if anything goes wrong, Ctrl-C included
             super().__init__(
                 own,
                 asynchronous=asynchronous,
@@ -381,9 +377,7 @@ class LambdaClient(Client):
                 timeout=timeout,
                 direct_to_workers=direct_to_workers,
             )
-        except BaseException:
-            own.close()
-            raise
+            stack.pop_all()
 
     async def _start(self, *arguments: Any, **options: Any) -> Any:
         await self.cluster  # raises what goes wrong, which the client would only log

@@ -466,11 +466,15 @@ class Delivery:
             If there are none for so many seconds.
         """
         news = self.inbox.get(timeout=timeout)
+        if news is None:
+            return
         try:
-            if news is not None:
-                self._take(news)
-        except Exception:
-            logger.exception("a future could not be completed")
+            self._take(news)
+        except Exception as error:  # a bug of ours must end the future, not hang who waits for it
+            future = news[0]
+            logger.exception("completing %s failed", future.key)
+            if not future.done():
+                future._fail(error, "")
 
     def _work(self) -> None:
         _here.delivery = self

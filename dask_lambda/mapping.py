@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from dask_lambda.futures import LambdaFuture
@@ -58,11 +59,10 @@ class Results(Iterator[Any]):
         self._nbytes = 0
         self._chunk: deque[Any] = deque()
         self._begun = False
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.close)  # if anything goes wrong, Ctrl-C included
             self._fill()
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
 
     def __iter__(self) -> Results:
         return self

@@ -418,6 +418,13 @@ def test_a_cluster_whose_scheduler_has_ended_ends(aws: Any, bucket_names: Names)
     assert not results(bucket_names)
 
 
+def test_a_cluster_that_cannot_be_made_leaves_no_engine_behind(aws: Any) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(TypeError):
+        LambdaCluster(scheduler_kwargs=5)
+    assert not {each.name for each in set(threading.enumerate()) - before}
+
+
 def test_wrong_settings_are_named_at_once(aws: Any) -> None:
     with pytest.raises(ConfigurationError, match="unknown setting 'n_workers'"):
         LambdaCluster(n_workers=4)

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,19 @@ from dask_lambda.deploy import package as packaging
 from dask_lambda.deploy.artifact import Package, Recipe
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.deployment import Prepared
-from dask_lambda.deploy.destroy import destroy, prepare_removal
 from dask_lambda.deploy.naming import TAG, Where, image_uri
 from dask_lambda.deploy.platforms import Platform
-from dask_lambda.deploy.resources import Options, blueprint
+from dask_lambda.deploy.resources import blueprint
 from dask_lambda.errors import DeploymentError
 from dask_lambda.local import LocalAWS
 from lambda_worker.environment import FILE, Deployed
-from tests.deploy_helpers import answer_truly, answer_with, denied, inventory
+from tests.account_helpers import ONE, _leaves_nothing, account, remove
+from tests.deploy_helpers import answer_with, denied, inventory
+
+__all__ = ["_leaves_nothing", "account"]
 
 pytestmark = pytest.mark.local
 
-ONE = Options(memory=(1769,))
 PASSWORD = "ministack-auth-token"
 REPOSITORY = "dask-lambda-workers"
 
@@ -93,29 +93,6 @@ def docker(
     docker = Docker(folder)
     docker.install(aws.endpoint_url)
     return docker
-
-
-@pytest.fixture(scope="module")
-def account(aws: LocalAWS) -> Account:
-    return Account.of_local(aws)
-
-
-@pytest.fixture(autouse=True)
-def _leaves_nothing(
-    account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """Destroy what a test has deployed: then everything is as it was before."""
-    monkeypatch.setenv("DASK_LAMBDA_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr("dask.config.PATH", str(tmp_path / "dask"))
-    before = inventory(account)
-    yield
-    answer_truly()
-    remove(account)
-    assert inventory(account) == before
-
-
-def remove(account: Account) -> list[str]:
-    return destroy(prepare_removal(account, deployment.known(account, "dask-lambda"), kept=True))
 
 
 def an_image(account: Account, context: Path, tag: str = "one") -> Package:
