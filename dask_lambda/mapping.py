@@ -75,13 +75,10 @@ class Results(Iterator[Any]):
             if len(self._futures) <= self._look_ahead - max(1, self._look_ahead // BLOCKS):
                 self._fill()
             while self._futures:
-                future, nbytes = self._futures.popleft()
+                future, nbytes = self._futures[0]  # among those to give up, until it is read
+                value = self._result(future)
+                self._futures.popleft()
                 self._nbytes -= nbytes
-                try:
-                    value = self._result(future)
-                except BaseException:
-                    future.cancel()
-                    raise
                 if not self._chunked:
                     return value
                 self._chunk.extend(value)
