@@ -307,8 +307,7 @@ class Session:
     @property
     def place(self) -> Place:
         """Where the objects of the session are."""
-        backend = self.engine.backend
-        return Place(backend.bucket_name, backend.prefix, backend.region, backend.endpoint_url)
+        return self.engine.place
 
     @property
     def backend_keys(self) -> tuple[str, str] | None:
