@@ -64,7 +64,8 @@ class Limits:
         """
         names = {field.name for field in fields(self)}
         if unknown := said.keys() - names:
-            raise TypeError(f"unknown option {', '.join(sorted(unknown))}: there are {names}")
+            options = ", ".join(sorted(names))
+            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; options are {options}")
         values = {name: getattr(self, name) for name in names}
         for name, value in said.items():
             if value is not None:
