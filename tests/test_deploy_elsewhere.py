@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -52,6 +53,9 @@ EVERYTHING = Options(
 )
 
 
+SNAPSTART = Options(memory=(1769, 10_240), snapstart=True)
+
+
 @pytest.fixture(autouse=True)
 def _private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DASK_LAMBDA_STATE_DIR", str(tmp_path / "state"))
@@ -65,21 +69,23 @@ def described(options: Options, package: Package = PACKAGE) -> Blueprint:
 # -- every call is one that AWS knows ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [EVERYTHING, SNAPSTART])
 @pytest.mark.parametrize(
     ("package", "large"), [(PACKAGE, False), (PACKAGE, True), (IMAGE, False), (RECIPE, False)]
 )
 def test_botocore_accepts_the_parameters_of_every_call(
-    monkeypatch: pytest.MonkeyPatch, package: Package, large: bool
+    monkeypatch: pytest.MonkeyPatch, options: Options, package: Package, large: bool
 ) -> None:
     if large:
         monkeypatch.setattr("dask_lambda.deploy.layers.MAX_DIRECT", 1)
-    steps = plan(described(EVERYTHING, package), Seen())
+    steps = plan(described(options, package), Seen())
     assert {step.verb for step in steps} <= {"create", "delete"}
     calls = [call for step in steps for call in step.calls]
     assert {c.operation for c in calls} >= {"CreateBucket", "CreateRole", "CreateFunction"}
     session = botocore.session.get_session()
     applier = Applier(None)  # type: ignore[arg-type]  # fills in bytes and ARNs, calls nothing
     applier.applied.layers["dask-lambda-packages-1"] = "arn:aws:lambda:eu-west-1:1:layer:x:1"
+    applier.applied.versions.update({"dask-lambda-1769": "1", "dask-lambda-10240": "1"})
     for call in calls:
         if isinstance(call, Push):
             continue
@@ -88,9 +94,10 @@ def test_botocore_accepts_the_parameters_of_every_call(
         assert not report.has_errors(), f"{call.operation}: {report.generate_report()}"
 
 
+@pytest.mark.parametrize("options", [EVERYTHING, SNAPSTART])
 @pytest.mark.parametrize("package", [PACKAGE, IMAGE, RECIPE])
-def test_whoever_deploys_is_allowed_every_call(package: Package) -> None:
-    wanted = described(EVERYTHING, package)
+def test_whoever_deploys_is_allowed_every_call(options: Options, package: Package) -> None:
+    wanted = described(options, package)
     document = policies.deployer(wanted.names, image=package.image)
     allowed = {action for each in document["Statement"] for action in each["Action"]}
     needed = {call.action for step in plan(wanted, Seen()) for call in step.calls}
@@ -185,6 +192,8 @@ def test_an_environment_that_was_built_is_deployed_as_its_layers(tmp_path: Path)
         (EVERYTHING, PACKAGE),
         (Options(bucket="users-own"), PACKAGE),
         (Options(), IMAGE),
+        (SNAPSTART, PACKAGE),
+        (SNAPSTART, IMAGE),
     ],
 )
 def test_cfn_lint_has_nothing_to_say_about_the_template(options: Options, package: Package) -> None:
@@ -196,9 +205,10 @@ def test_cfn_lint_has_nothing_to_say_about_the_template(options: Options, packag
 
 
 @pytest.mark.local
-def test_what_the_template_creates_is_what_deploy_wants(aws: LocalAWS) -> None:
+@pytest.mark.parametrize("snapstart", [False, True])
+def test_what_the_template_creates_is_what_deploy_wants(aws: LocalAWS, snapstart: bool) -> None:
     account = Account.of_local(aws)
-    found = changes_after_the_template(account)
+    found = changes_after_the_template(account, snapstart=snapstart)
     # The embedded AWS's CloudFormation leaves out the tags and rules of buckets.
     assert [each for each in found if each.kind != "bucket"] == []
 
@@ -213,11 +223,12 @@ def test_the_bucket_of_the_template_has_the_tags_and_rules_of_deploy() -> None:
     ]
 
 
-def changes_after_the_template(account: Account) -> list[Step]:
+def changes_after_the_template(account: Account, *, snapstart: bool = False) -> list[Step]:
     """Create a stack; return what a deployment would change then; remove it."""
     before = inventory(account)
-    options = Options("by-stack", memory=(1769,))
-    wanted = deployment.prepare(account, options, artifact.worker_only(), "1.0").wanted
+    options = Options("by-stack", memory=(1769,), snapstart=snapstart)
+    package = replace(artifact.worker_only(), runtime="python3.12")
+    wanted = deployment.prepare(account, options, package, "1.0").wanted
     region = account.region
     place = {"CreateBucketConfiguration": {"LocationConstraint": region}}
     bucket = {"Bucket": "code-for-stack"}

@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,16 @@ def test_hello_waits_for_permissions_that_are_too_new(
     assert said.place["function"] == "policies-1769"
 
 
+def with_what_the_embedded_aws_asks_for_everywhere(document: policies.Document) -> dict[str, Any]:
+    """AWS asks for two of these on one function or repository, the embedded AWS on everything.
+
+    And what changes an alias, the embedded AWS takes for what lists all of them.
+    """
+    actions = ["lambda:CreateFunction", "ecr:DescribeRepositories", "lambda:ListAliases"]
+    more = {"Sid": "C", "Effect": "Allow", "Action": actions, "Resource": "*"}
+    return {**document, "Statement": [*document["Statement"], more]}
+
+
 @pytest.mark.local
 def test_whoever_has_the_policy_for_deploying_can_deploy_and_remove(
     account: Account, person: Person, private: None
@@ -346,12 +357,7 @@ def test_whoever_has_the_policy_for_deploying_can_deploy_and_remove(
     options = Options("by-person", memory=(1769,))
     package = artifact.worker_only()
     names = deployment.names_of(options, account.where)
-    whole = policies.deployer(names)
-
-    # AWS asks for these on the function and the repository, the embedded AWS on everything.
-    actions = ["lambda:CreateFunction", "ecr:DescribeRepositories"]
-    more = {"Sid": "C", "Effect": "Allow", "Action": actions, "Resource": "*"}
-    whole = {**whole, "Statement": [*whole["Statement"], more]}
+    whole = with_what_the_embedded_aws_asks_for_everywhere(policies.deployer(names))
 
     person.may(without(whole, "Role"))
     theirs = Account.open("us-east-1", account.endpoint_url)
@@ -363,4 +369,32 @@ def test_whoever_has_the_policy_for_deploying_can_deploy_and_remove(
     done = deployment.deploy(deployment.prepare(theirs, options, package, "1.0"))
     assert not deployment.state_of(theirs, options.name).remarks
     destroy(prepare_removal(theirs, done.record, kept=False))
+    assert not deployment.state_of(account, options.name).exists
+
+
+@pytest.mark.local
+def test_with_snapshots_the_printed_policies_are_enough_and_for_the_alias(
+    account: Account, person: Person, private: None
+) -> None:
+    options = Options("by-alias", memory=(1769,), snapstart=True)
+    package = replace(artifact.worker_only(), runtime="python3.12")
+    names = deployment.names_of(options, account.where)
+    may_deploy = with_what_the_embedded_aws_asks_for_everywhere(policies.deployer(names))
+
+    person.may(may_deploy)
+    theirs = Account.open("us-east-1", account.endpoint_url)
+    done = deployment.deploy(deployment.prepare(theirs, options, package, "1.0"))
+    changed = replace(options, timeout=60)
+    deployment.deploy(deployment.prepare(theirs, changed, package, "1.0"))
+
+    person.may(policies.invoker(names))
+    assert compute(done.record) == 40 * 40 * 40
+    person.may(policies.invoker(replace(names, alias="")))
+    with pytest.raises(AccessDeniedError, match="lambda:InvokeFunction"):
+        compute(done.record)
+
+    person.may(may_deploy)
+    theirs = Account.open("us-east-1", account.endpoint_url)
+    without_it = deployment.prepare(theirs, replace(options, snapstart=False), package, "1.0")
+    destroy(prepare_removal(theirs, deployment.deploy(without_it).record, kept=False))
     assert not deployment.state_of(account, options.name).exists

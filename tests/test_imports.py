@@ -63,11 +63,12 @@ ENGINE = [
 #: imports it, only the command line does.
 DEPLOY = [
     *("doctor", "hello", "destroy", "deployment", "cloudformation"),
-    *("record", "logs", "apply", "look", "plan", "aws", "calls"),
-    *("seen", "resources", "policies", "naming", "artifact"),
+    *("record", "logs", "apply", "look", "plan", "function_plan", "snapshots", "differences"),
+    *("aws", "calls", "seen", "resources", "policies", "naming", "artifact"),
 ]
 PURE_DEPLOY = [
-    *("cloudformation", "plan", "calls", "seen", "resources", "policies", "naming", "artifact"),
+    *("cloudformation", "plan", "function_plan", "snapshots", "differences", "calls", "seen"),
+    *("resources", "policies", "naming", "artifact"),
 ]
 #: The ground, likewise.
 GROUND = [

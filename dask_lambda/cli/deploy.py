@@ -55,7 +55,17 @@ SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=",
 @click.option("--permissions-boundary", metavar="ARN", help="Of the execution role.")
 @click.option("--tracing", is_flag=True, help="Switch X-Ray on.")
 @click.option("--metrics", is_flag=True, help="Have workers write metrics for CloudWatch.")
+@click.option(
+    "--snapstart",
+    is_flag=True,
+    help="Have environments begin as copies of a snapshot, which costs while it exists.",
+)
 @choice_of_packages
+@click.option(
+    "--preimport",
+    metavar="MODULES",
+    help="Imported before the first call, by commas.  [default: numpy,dask.array]",
+)
 @click.option(
     "--image",
     metavar="URI",
@@ -97,6 +107,7 @@ def deploy(**given: Any) -> None:
         given["permissions_boundary"],
         given["tracing"],
         given["metrics"],
+        given["snapstart"],
     )
     options.check()
     account = open_account(given["region"], given["endpoint_url"])
@@ -226,11 +237,12 @@ def _package(given: dict[str, Any], where: Where) -> Package:
     from dask_lambda.deploy.naming import image_uri
     from lambda_worker.environment import PREIMPORT
 
-    early = [(PREIMPORT, packaging.PREIMPORT)]
+    wanted = given["preimport"]
+    early = [(PREIMPORT, packaging.PREIMPORT if wanted is None else wanted)]
     if given["image"]:
         return artifact.from_image(given["image"], given["architecture"], early)
     if given["worker_only"]:
-        return artifact.worker_only(given["architecture"])
+        return artifact.worker_only(given["architecture"], early if wanted is not None else ())
     built = build_packages(given)
     click.echo(summary(built), err=True)
     if built.form == "image":
@@ -431,11 +443,11 @@ def _write_template(wanted: Blueprint, path: str, as_json: bool) -> None:
     smallest, *larger = names.sizes
     click.echo("Then, in ~/.config/dask/dask-lambda.yaml:")
     click.echo("  dask-lambda:")
-    click.echo(f"    function: {names.function(smallest)}")
+    click.echo(f"    function: {names.called(smallest)}")
     click.echo(f"    memory: {smallest}")
     click.echo(f"    bucket: {names.bucket}")
     click.echo(f"    region: {where.region}")
     if larger:
         click.echo("    larger-functions:")
         for memory in larger:
-            click.echo(f'      "{memory}": {names.function(memory)}')
+            click.echo(f'      "{memory}": {names.called(memory)}')

@@ -17,12 +17,15 @@ from typing import Any
 from dask_lambda.deploy import image
 from dask_lambda.deploy.artifact import Archive
 from dask_lambda.deploy.aws import Account, code_of
-from dask_lambda.deploy.calls import Call, LayerArn, Push, Step
+from dask_lambda.deploy.calls import Call, LayerArn, NewVersion, Push, Step
 from dask_lambda.errors import DaskLambdaError, DeploymentError
 
 #: Seconds until what AWS says about something that is being made is believed: a new role takes
 #: about ten, a function a minute at the most.
 PATIENCE = 180.0
+#: The same of a snapshot: a function may take so long to initialise for it (AWS Lambda developer
+#: guide, "Lambda SnapStart runtime hooks for Python"), and then it is copied.
+SNAPSHOT_PATIENCE = 1200.0
 #: Seconds between two looks, growing.
 FIRST_WAIT, LONGEST_WAIT = 0.25, 5.0
 
@@ -69,11 +72,14 @@ class Applied:
         What this account does not take, and what it says.
     layers : dict
         Name to ARN, of those that were published.
+    versions : dict
+        Function to the number of its version that was published.
     """
 
     done: list[Step] = field(default_factory=list)
     left_out: list[tuple[Step, str]] = field(default_factory=list)
     layers: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 class Applier:
@@ -108,7 +114,8 @@ class Applier:
             One could not be taken; the message says which, and what was done before.
         """
         for step in steps:
-            if not step.calls:
+            missing = {each.name for each, _ in self.applied.left_out}
+            if not step.calls or step.after in missing:
                 continue
             self._tell(step)
             try:
@@ -130,6 +137,10 @@ class Applier:
         from botocore.exceptions import ClientError
 
         parameters = self._filled(call.parameters)
+        if call.before == "snapshot":
+            name, version = parameters["FunctionName"], parameters["FunctionVersion"]
+            what = f"the snapshot of the function {name}"
+            self._until(lambda: self._is_ready(name, version), what, SNAPSHOT_PATIENCE)
         deadline = self._clock() + PATIENCE
         wait = FIRST_WAIT
         while True:
@@ -151,6 +162,8 @@ class Applier:
             )
         if call.operation == "PublishLayerVersion":
             self.applied.layers[parameters["LayerName"]] = answer["LayerVersionArn"]
+        if call.operation == "PublishVersion":
+            self.applied.versions[parameters["FunctionName"]] = answer["Version"]
         self._settle(call)
         return answer
 
@@ -162,11 +175,13 @@ class Applier:
         image.push(push.uri, user, password)
 
     def _filled(self, value: Any) -> Any:
-        """Put bytes and ARNs in their places."""
+        """Put bytes, ARNs and numbers in their places."""
         if isinstance(value, Archive):
             return value.read()
         if isinstance(value, LayerArn):
             return self.applied.layers[value.name]
+        if isinstance(value, NewVersion):
+            return self.applied.versions[value.function]
         if isinstance(value, Mapping):
             return {name: self._filled(each) for name, each in value.items()}
         if isinstance(value, list | tuple):
@@ -199,31 +214,33 @@ class Applier:
     def _exists(self, service: str, operation: str, *absent: str, **parameters: Any) -> bool:
         return self._account.found(service, operation, *absent, **parameters) is not None
 
-    def _configuration(self, name: str) -> dict[str, Any] | None:
+    def _configuration(self, name: str, version: str) -> dict[str, Any] | None:
+        named = {"FunctionName": name, **({"Qualifier": version} if version else {})}
         return self._account.found(
-            "lambda", "GetFunctionConfiguration", "ResourceNotFoundException", FunctionName=name
+            "lambda", "GetFunctionConfiguration", "ResourceNotFoundException", **named
         )
 
     def _is_there(self, name: str) -> bool:
-        return self._configuration(name) is not None
+        return self._configuration(name, "") is not None
 
-    def _is_ready(self, name: str) -> bool:
-        found = self._configuration(name)
+    def _is_ready(self, name: str, version: str = "") -> bool:
+        found = self._configuration(name, version)
         if found is None:
             return False
         for state in ("State", "LastUpdateStatus"):
             if found.get(state) == "Failed":
                 why = found.get(f"{state}Reason") or "no reason is given"
-                raise DeploymentError(f"Lambda could not set up the function {name}: {why}")
+                what = f"take a snapshot of the function {name}" if version else f"set up {name}"
+                raise DeploymentError(f"Lambda could not {what}: {why}")
         pending = found.get("State") == "Pending" or found.get("LastUpdateStatus") == "InProgress"
         return not pending
 
-    def _until(self, true: Callable[[], bool], what: str) -> None:
-        deadline = self._clock() + PATIENCE
+    def _until(self, true: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
+        deadline = self._clock() + patience
         wait = FIRST_WAIT
         while not true():
             if self._clock() > deadline:
-                raise DeploymentError(f"{what} was not ready within {PATIENCE:g} s")
+                raise DeploymentError(f"{what} was not ready within {patience:g} s")
             self._sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
 

@@ -205,13 +205,20 @@ def from_recipe(
     )
 
 
-def worker_only(architecture: Architecture = "x86_64") -> Package:
+def worker_only(
+    architecture: Architecture = "x86_64", variables: Sequence[tuple[str, str]] = ()
+) -> Package:
     """Return ``lambda_worker`` alone, for functions that find all other packages where they run.
 
     That is so on emulators that run functions in this Python environment.
     """
     code = Archive.of(local_start.worker_code())
-    return Package(code, architecture=architecture, environment=code.sha256[:16])
+    return Package(
+        code,
+        architecture=architecture,
+        environment=code.sha256[:16],
+        variables=tuple(variables),
+    )
 
 
 class _Layer(Protocol):

@@ -28,6 +28,16 @@ class LayerArn:
 
 
 @dataclass(frozen=True, slots=True)
+class NewVersion:
+    """In the place of the number of a function's version that is known once it is published."""
+
+    function: str
+
+    def __str__(self) -> str:
+        return f"<number of the new version of {self.function}>"
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One call of an API.
 
@@ -36,9 +46,12 @@ class Call:
     service, operation : str
         As in botocore: ``"lambda"``, ``"CreateFunction"``.
     parameters : mapping
-        Its parameters; an :class:`Archive` stands for its bytes, a :class:`LayerArn` for an ARN.
+        Its parameters; an :class:`Archive` stands for its bytes, a :class:`LayerArn` for an ARN, a
+        :class:`NewVersion` for a number.
     settled : str
         What to wait for afterwards.
+    before : str
+        What to wait for before: ``"snapshot"``, that of the version which it names.
     done : tuple of str
         Error codes that mean that there is nothing to do any more.
     """
@@ -47,6 +60,7 @@ class Call:
     operation: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     settled: Settled = ""
+    before: Literal["snapshot", ""] = ""
     done: tuple[str, ...] = ()
 
     @property
@@ -116,6 +130,8 @@ class Step:
     calls : sequence of Call or Push
     optional : str
         If the account refuses the first call for this reason, the resource is left out.
+    after : str
+        Name of another resource: if that is left out, this one is, too.
     """
 
     verb: Verb
@@ -124,6 +140,7 @@ class Step:
     why: Sequence[str] = ()
     calls: Sequence[Call | Push] = ()
     optional: str = ""
+    after: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return it for people and programs to read."""
@@ -142,7 +159,7 @@ class Step:
 def _shown(value: Any) -> Any:
     if isinstance(value, Archive):
         return f"<{value.size:,} bytes, SHA-256 {value.sha256}>"
-    if isinstance(value, LayerArn):
+    if isinstance(value, LayerArn | NewVersion):
         return str(value)
     if isinstance(value, Mapping):
         return {name: _shown(each) for name, each in value.items()}

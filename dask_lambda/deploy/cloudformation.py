@@ -8,6 +8,8 @@ the one who creates the stack puts them into a bucket first.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from dask_lambda.deploy.artifact import Archive
 from dask_lambda.deploy.plan import BLOCK_PUBLIC_ACCESS, ENCRYPTION
 from dask_lambda.deploy.resources import ROLE_POLICY, Blueprint, FunctionSpec
+from dask_lambda.deploy.snapshots import DESCRIPTION
 
 Template = dict[str, Any]
 
@@ -89,6 +92,8 @@ def template(wanted: Blueprint) -> Template:
                 **settings,
             },
         }
+        if function.alias:
+            resources |= _snapshot(function)
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": f"dask_lambda: the deployment {wanted.options.name} "
@@ -107,7 +112,9 @@ def template(wanted: Blueprint) -> Template:
             **{
                 _logical("Function", str(each.memory)): {
                     "Description": f"The function with {each.memory} MB",
-                    "Value": {"Ref": _logical("Function", str(each.memory))},
+                    "Value": {
+                        "Ref": _logical("Alias" if each.alias else "Function", str(each.memory))
+                    },
                 }
                 for each in wanted.functions
             },
@@ -160,6 +167,41 @@ def _bucket(wanted: Blueprint) -> dict[str, Any]:
             "Properties": {"Bucket": {"Ref": "Bucket"}, "PolicyDocument": spec.policy},
         }
     return resources
+
+
+def _called(function: FunctionSpec) -> str:
+    return "Alias" if function.alias else "Function"
+
+
+def _snapshot(function: FunctionSpec) -> dict[str, Any]:
+    """Return a version of a function, and the alias by which it is called.
+
+    CloudFormation publishes a version when it makes one, and never again: so its name is another
+    one for each state of the function.  The one before is deleted when the alias means the new one.
+    """
+    name = _logical("Function", str(function.memory))
+    parts = [function.settings, _package(function), function.architecture]
+    state = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    version = f"Version{function.memory}{state[:16]}"
+    return {
+        version: {
+            "Type": "AWS::Lambda::Version",
+            "DeletionPolicy": "Delete",
+            "UpdateReplacePolicy": "Delete",
+            "Properties": {
+                "FunctionName": {"Ref": name},
+                "Description": DESCRIPTION,
+            },
+        },
+        _logical("Alias", str(function.memory)): {
+            "Type": "AWS::Lambda::Alias",
+            "Properties": {
+                "FunctionName": {"Ref": name},
+                "FunctionVersion": {"Fn::GetAtt": [version, "Version"]},
+                "Name": function.alias,
+            },
+        },
+    }
 
 
 def _package(function: FunctionSpec) -> dict[str, Any]:

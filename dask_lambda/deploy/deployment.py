@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from dask_lambda.deploy import record as records
+from dask_lambda.deploy import snapshots
 from dask_lambda.deploy.apply import Applied, Applier
 from dask_lambda.deploy.artifact import Package
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.calls import Step
+from dask_lambda.deploy.differences import setting_differences
 from dask_lambda.deploy.look import look, look_at_functions
-from dask_lambda.deploy.naming import LOGS
-from dask_lambda.deploy.plan import changes, plan, setting_differences
+from dask_lambda.deploy.naming import ALIAS, LOGS
+from dask_lambda.deploy.plan import changes, plan
 from dask_lambda.deploy.record import Record
 from dask_lambda.deploy.resources import Blueprint, Options, blueprint, names_of
 from dask_lambda.deploy.seen import Seen, SeenFunction, is_ours
@@ -241,6 +243,7 @@ class FunctionState:
     state: str  #: Lambda's: "Active", ...; or "missing"
     memory: int | None
     differences: list[str] = field(default_factory=list)
+    snapshot: str | None = None  #: the state of the version by which it is called, if it has any
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,19 +300,43 @@ def _function_states(record: Record, seen: Seen) -> Iterator[FunctionState]:
         differences: list[str] = []
         deployed = record.settings.get(name)
         if deployed is not None:
-            settings = {k: v for k, v in deployed.items() if k not in ("CodeSha256", "Layers")}
+            settings, code, layers = _parts(deployed)
             differences = list(setting_differences(settings, configuration))
             now = known_settings({}, found)
-            if now["CodeSha256"] != deployed["CodeSha256"]:
+            if now["CodeSha256"] != code:
                 differences.append("its code is not the one that was deployed")
-            if now["Layers"] != deployed["Layers"]:
+            if now["Layers"] != layers:
                 differences.append("its layers are not those that were deployed")
         state = str(configuration.get("State", "Active"))
         if configuration.get("LastUpdateStatus") == "Failed":
             differences.append(
                 f"its last update failed: {configuration.get('LastUpdateStatusReason')}"
             )
-        yield FunctionState(name, state, configuration.get("MemorySize"), differences)
+        if record.names.alias:
+            differences += _snapshot_differences(deployed, found)
+        snapshot = None if found.live is None else str(found.live.get("State", "Active"))
+        yield FunctionState(name, state, configuration.get("MemorySize"), differences, snapshot)
+
+
+def _snapshot_differences(deployed: dict[str, Any] | None, found: SeenFunction) -> Iterator[str]:
+    """Say in which way what is called is not what was deployed."""
+    live = found.live
+    if live is None:
+        yield f"nothing has its alias {ALIAS!r}, by which it is called"
+        return
+    if live.get("State") == "Failed":
+        yield f"Lambda has no snapshot of it: {live.get('StateReason')}"
+    if deployed is not None:
+        settings, code, layers = _parts(deployed)
+        same = (live.get("CodeSha256"), [each["Arn"] for each in live.get("Layers", [])])
+        if snapshots.differences(settings, live) or same != (code, layers):
+            yield f"its alias {ALIAS!r} means another version of it than the one deployed"
+
+
+def _parts(deployed: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, list[str]]:
+    """Return settings, code and layers of what :func:`known_settings` has noted."""
+    settings = {k: v for k, v in deployed.items() if k not in ("CodeSha256", "Layers")}
+    return settings, deployed["CodeSha256"], deployed["Layers"]
 
 
 def _exists(record: Record, seen: Seen) -> bool:

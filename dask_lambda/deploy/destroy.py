@@ -20,10 +20,9 @@ from dask_lambda.deploy import record as records
 from dask_lambda.deploy.apply import Applier
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.calls import Call, Step
+from dask_lambda.deploy.function_plan import delete_function, delete_layer
 from dask_lambda.deploy.look import look
 from dask_lambda.deploy.plan import (
-    delete_function,
-    delete_layer,
     delete_log_group,
     delete_repository,
     lifecycle_call,

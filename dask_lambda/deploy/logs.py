@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_lambda.deploy.aws import Account
-from dask_lambda.deploy.naming import LOGS
+from dask_lambda.deploy.naming import LOGS, function_of
 
 #: Seconds between two looks.
 FOLLOW_SECONDS = 2.0
@@ -115,7 +115,7 @@ def _events(
                 "logs",
                 "FilterLogEvents",
                 "events",
-                logGroupName=LOGS + function,
+                logGroupName=LOGS + function_of(function),
                 startTime=since,
                 **pattern,
             ):

@@ -1,6 +1,6 @@
 """Looking at what there is in the account.
 
-May import: aws, naming, resources' names, seen, errors.
+May import: aws, naming, resources' names, snapshots' names, seen, errors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from dask_lambda.deploy.aws import Account, code_of
-from dask_lambda.deploy.naming import LOGS, repository_name, role_name, size_of
+from dask_lambda.deploy.naming import ALIAS, LOGS, repository_name, role_name, size_of
 from dask_lambda.deploy.resources import layer_description
 from dask_lambda.deploy.seen import (
     Seen,
@@ -21,6 +21,7 @@ from dask_lambda.deploy.seen import (
     SeenRepository,
     SeenRole,
 )
+from dask_lambda.deploy.snapshots import DESCRIPTION
 from dask_lambda.errors import AccessDeniedError, DeploymentError
 
 
@@ -138,8 +139,21 @@ def look_at_functions(account: Account, deployment: str) -> dict[str, SeenFuncti
         if answer is not None:
             image = answer.get("Code", {}).get("ImageUri")
             tags = _tags_of_function(account, answer)
-            found[name] = SeenFunction(name, answer["Configuration"], image, tags)
+            versions, live = _versions(account, name)
+            found[name] = SeenFunction(name, answer["Configuration"], image, tags, versions, live)
     return found
+
+
+def _versions(account: Account, name: str) -> tuple[tuple[str, ...], dict[str, Any] | None]:
+    """Return the versions that a deployment has published, and the one by which it is called."""
+    pages = account.pages("lambda", "ListVersionsByFunction", "Versions", FunctionName=name)
+    published = [each for each in pages if each["Version"] != "$LATEST"]
+    if not published:
+        return (), None
+    alias = {"FunctionName": name, "Qualifier": ALIAS}
+    live = account.found("lambda", "GetFunctionConfiguration", "ResourceNotFoundException", **alias)
+    ours = (each for each in published if each.get("Description", "").startswith(DESCRIPTION))
+    return tuple(each["Version"] for each in ours), live
 
 
 def _tags_of_function(account: Account, answer: dict[str, Any]) -> dict[str, str]:

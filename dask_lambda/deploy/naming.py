@@ -18,6 +18,8 @@ DEFAULT = "dask-lambda"
 #: With account and region the bucket's name must not be longer than 63 characters.
 NAME = re.compile(r"[a-z][a-z0-9-]{0,27}[a-z0-9]")
 LOGS = "/aws/lambda/"
+#: By which functions are called of whose published versions Lambda keeps snapshots.
+ALIAS = "snapstart"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Names:
         Of the object names, behind the shard.
     sizes : tuple of int
         MB of memory, one function for each.
+    alias : str
+        By which the functions are called, if not as they are.
     """
 
     deployment: str
@@ -67,6 +71,7 @@ class Names:
     bucket: str
     prefix: str
     sizes: tuple[int, ...]
+    alias: str = ""
 
     def function(self, memory: int) -> str:
         """Return the name of the function with so much memory."""
@@ -76,6 +81,11 @@ class Names:
     def functions(self) -> list[str]:
         """The names of all functions, from the smallest."""
         return [self.function(memory) for memory in self.sizes]
+
+    def called(self, memory: int) -> str:
+        """Return by which name the function with so much memory is called."""
+        name = self.function(memory)
+        return f"{name}:{self.alias}" if self.alias else name
 
     @property
     def log_groups(self) -> list[str]:
@@ -119,12 +129,12 @@ class Names:
         return f"arn:{self.where.partition}:iam::{self.where.account}:role/{self.role}"
 
     @property
-    def function_arns(self) -> list[str]:
-        """The ARNs of the functions."""
-        return [self._arn("lambda", f"function:{name}") for name in self.functions]
+    def called_arns(self) -> list[str]:
+        """The ARNs of the functions, as they are called."""
+        return [self.function_arn(self.called(memory)) for memory in self.sizes]
 
     def function_arn(self, name: str) -> str:
-        """Return the ARN of a function."""
+        """Return the ARN of a function, or of an alias of one."""
         return self._arn("lambda", f"function:{name}")
 
     @property
@@ -202,3 +212,8 @@ def size_of(deployment: str, function: str) -> int | None:
     """Return the memory size in a function's name, None if it is none of the deployment's."""
     found = re.fullmatch(re.escape(deployment) + r"-(\d+)", function)
     return int(found[1]) if found else None
+
+
+def function_of(name: str) -> str:
+    """Return the name of the function that is called by a name, an alias of it, or an ARN."""
+    return name.rpartition("function:")[2].partition(":")[0]

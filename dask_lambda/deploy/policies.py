@@ -23,6 +23,9 @@ OBJECT_ACTIONS = ("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMu
 #: A shard of the object names: one character for each of its digits.
 ANY_SHARD = "?" * protocol.SHARD_DIGITS
 
+#: What it takes to have snapshots of functions, and to have them called.
+SNAPSHOT_ACTIONS = ("lambda:PublishVersion", "lambda:CreateAlias", "lambda:UpdateAlias")
+
 #: API operations whose permission has another name than the operation.
 ACTIONS = {
     ("s3", "HeadBucket"): "s3:ListBucket",
@@ -84,7 +87,7 @@ def execution(names: Names, *, tracing: bool = False) -> Document:
 def invoker(names: Names) -> Document:
     """Return what a person needs who computes, reads the logs and clears up, and is no admin."""
     return _document(
-        _allow("Invoke", ("lambda:InvokeFunction",), names.function_arns),
+        _allow("Invoke", ("lambda:InvokeFunction",), names.called_arns),
         *_objects(names),
         _allow("Uploads", ("s3:ListBucketMultipartUploads",), [names.bucket_arn]),
         _allow("Account", ("lambda:GetAccountSettings",), ["*"]),
@@ -194,6 +197,10 @@ def deployer(names: Names, *, image: str | None = None, boundary: str | None = N
                 "lambda:TagResource",
                 "lambda:ListTags",  # else GetFunction says nothing of tags (its API reference)
                 "lambda:InvokeFunction",
+                # Looked for each time, so that snapshots which are not wanted any more go.
+                "lambda:ListVersionsByFunction",
+                "lambda:DeleteAlias",
+                *(SNAPSHOT_ACTIONS if names.alias else ()),
             ),
             [functions],
         ),

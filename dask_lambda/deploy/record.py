@@ -20,7 +20,7 @@ from typing import Any
 import dask.config
 import yaml
 
-from dask_lambda.deploy.naming import Names, Where
+from dask_lambda.deploy.naming import ALIAS, Names, Where
 from dask_lambda.errors import ConfigurationError
 from dask_lambda.kept_runs import runs_directory
 
@@ -83,7 +83,8 @@ class Record:
     @property
     def names(self) -> Names:
         """All names."""
-        return Names(self.name, self.where, self.bucket, self.prefix, tuple(self.sizes))
+        alias = ALIAS if self.options.get("snapstart") else ""
+        return Names(self.name, self.where, self.bucket, self.prefix, tuple(self.sizes), alias)
 
     @property
     def path(self) -> Path:
@@ -159,14 +160,14 @@ def configuration(record: Record) -> dict[str, Any]:
     names = record.names
     smallest, *larger = record.sizes
     settings: dict[str, Any] = {
-        "function": names.function(smallest),
+        "function": names.called(smallest),
         "memory": smallest,
         "bucket": record.bucket,
         "prefix": record.prefix,
         "region": record.region,
         "architecture": record.architecture,
         "timeout": int(record.options.get("timeout", 900)),
-        "larger-functions": {str(memory): names.function(memory) for memory in larger},
+        "larger-functions": {str(memory): names.called(memory) for memory in larger},
     }
     if record.endpoint_url:
         settings["endpoint-url"] = record.endpoint_url

@@ -14,7 +14,7 @@ from dask_lambda.config import MAX_MEMORY, MAX_TIMEOUT, MIN_MEMORY
 from dask_lambda.deploy import policies
 from dask_lambda.deploy.artifact import Archive, Package, Recipe
 from dask_lambda.deploy.layers import MAX_LAYERS
-from dask_lambda.deploy.naming import DEFAULT, TAG, Names, Where, bucket_name, check_name
+from dask_lambda.deploy.naming import ALIAS, DEFAULT, TAG, Names, Where, bucket_name, check_name
 from dask_lambda.errors import ConfigurationError
 
 #: MB: one core, two, and as much as there is.  At 1,769 MB a function has one whole core (Lambda).
@@ -30,6 +30,11 @@ RETENTIONS = (
     *(1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922),
     *(3288, 3653),
 )
+#: Of which version of Python on, and in which regions not, Lambda takes snapshots of zip files
+#: ("Improving startup performance with Lambda SnapStart", AWS Lambda developer guide): New Zealand
+#: and Taipei.
+SNAPSHOT_PYTHON = (3, 12)
+NO_SNAPSHOTS = ("ap-southeast-6", "ap-east-2")
 #: The name of the role's policy in the role.
 ROLE_POLICY = "dask-lambda"
 #: Of str.__hash__ in all workers, so that tasks which partition strings agree (as distributed has).
@@ -64,6 +69,8 @@ class Options:
         ARN of a permissions boundary for the role.
     tracing, metrics : bool
         X-Ray; metrics in CloudWatch.
+    snapstart : bool
+        Whether environments begin as copies of a snapshot.
     """
 
     name: str = DEFAULT
@@ -78,6 +85,7 @@ class Options:
     boundary: str | None = None
     tracing: bool = False
     metrics: bool = False
+    snapstart: bool = False
 
     def check(self) -> None:
         """Refuse what AWS would refuse half-way.
@@ -111,6 +119,11 @@ class Options:
             raise ConfigurationError(
                 f"prefix is {self.prefix!r}; it must be text without slashes at its ends, and "
                 "without *, ? and $"
+            )
+        if self.snapstart and self.storage != MIN_STORAGE:
+            raise ConfigurationError(
+                f"storage is {self.storage:,} MB; with --snapstart it must be {MIN_STORAGE}: "
+                "Lambda takes no snapshots of more (AWS Lambda developer guide)"
             )
         for name in self.tags:
             if not name or name.lower().startswith("aws:") or name.startswith("dask-lambda:"):
@@ -198,6 +211,7 @@ class FunctionSpec:
     layers: tuple[str, ...]  #: their names; a version's ARN is known when it has been published
     settings: Mapping[str, Any]
     tags: Mapping[str, str]
+    alias: str = ""  #: by which it is called, if Lambda keeps snapshots of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +233,8 @@ def names_of(options: Options, where: Where) -> Names:
     """Return the names of a deployment."""
     bucket = options.bucket or bucket_name(options.name, where)
     sizes = tuple(sorted(set(options.memory)))
-    return Names(options.name, where, bucket, options.prefix, sizes)
+    alias = ALIAS if options.snapstart else ""
+    return Names(options.name, where, bucket, options.prefix, sizes, alias)
 
 
 def blueprint(
@@ -243,6 +258,8 @@ def blueprint(
         If an option is out of range.
     """
     options.check()
+    if options.snapstart:
+        _check_snapshots(package, where)
     if len(package.layers) > MAX_LAYERS:
         raise ConfigurationError(
             f"the package has {len(package.layers)} layers; a function takes {MAX_LAYERS}"
@@ -275,6 +292,7 @@ def blueprint(
             tuple(layer.name for layer in layers),
             _settings(options, names, package, memory),
             tags,
+            names.alias,
         )
         for memory in names.sizes
     )
@@ -335,7 +353,24 @@ def _settings(options: Options, names: Names, package: Package, memory: int) -> 
         "Environment": {"Variables": variables},
         "EphemeralStorage": {"Size": options.storage},
         "TracingConfig": {"Mode": "Active" if options.tracing else "PassThrough"},
+        "SnapStart": {"ApplyOn": "PublishedVersions" if options.snapstart else "None"},
     }
+
+
+def _check_snapshots(package: Package, where: Where) -> None:
+    """Refuse what Lambda takes no snapshots of."""
+    version = tuple(map(int, package.runtime.removeprefix("python").split(".")))
+    if package.image is None and version < SNAPSHOT_PYTHON:
+        least = ".".join(map(str, SNAPSHOT_PYTHON))
+        raise ConfigurationError(
+            f"--snapstart needs Python {least} or newer, and functions run the version of this "
+            f"Python, {version[0]}.{version[1]}: use a newer one here, or leave --snapstart out"
+        )
+    if where.region in NO_SNAPSHOTS:
+        raise ConfigurationError(
+            f"Lambda takes no snapshots in {where.region}: another --region, or leave --snapstart "
+            "out"
+        )
 
 
 def layer_description(deployment: str, content: str = "") -> str:

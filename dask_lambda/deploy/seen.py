@@ -80,6 +80,8 @@ class SeenFunction:
     configuration: Mapping[str, Any]
     image: str | None = None  #: its URI, if it is one
     tags: Mapping[str, str] = field(default_factory=dict)
+    versions: tuple[str, ...] = ()  #: numbers of those that were published for their snapshots
+    live: Mapping[str, Any] | None = None  #: the one of them by which it is called
 
 
 @dataclass(frozen=True, slots=True)
