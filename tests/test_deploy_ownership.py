@@ -55,7 +55,7 @@ def test_functions_whose_tags_may_not_be_seen_are_not_taken_for_somebody_elses(
     done = deploy(account, package)
     answer_as(account, "lambda", "GetFunction", lambda parsed: parsed.pop("Tags"))
     assert verbs(prepare(account, package)) == {"keep"}
-    said = denied("lambda:ListTags", done.record.names.function_arns[0])
+    said = denied("lambda:ListTags", done.record.names.called_arns[0])
     answer_with(account, "lambda", "ListTags", "AccessDeniedException", said, status=403, times=9)
     with pytest.raises(AccessDeniedError, match="lambda:ListTags"):
         prepare(account, package)
