@@ -25,7 +25,7 @@ from yarl import URL
 from dask_lambda import failures, lambda_answers, replies
 from dask_lambda.config import MAX_TIMEOUT
 from dask_lambda.cost import Architecture
-from dask_lambda.events import Failure
+from dask_lambda.events import Failure, FailureKind
 
 #: How much longer than the function's time-out the client waits for an answer: the start of an
 #: environment (up to 10 s of init, once more on failure) and the way there and back.
@@ -150,7 +150,10 @@ class LambdaInvoker:
             self._session = None
 
     async def check(self) -> Failure | None:
-        """Ask whether the function exists and may be invoked, without running it (free)."""
+        """Ask whether the function exists and may be invoked, without running it (free).
+
+        One that is not ready yet does and may: whoever invokes it waits until it is.
+        """
         try:
             status, headers, body = await self._post(b"{}", {"X-Amz-Invocation-Type": "DryRun"})
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
@@ -159,7 +162,8 @@ class LambdaInvoker:
             return lambda_answers.from_credentials(error)
         if status // 100 == 2:
             return None
-        return self._refusal(status, headers, body)
+        failure = self._refusal(status, headers, body)
+        return None if failure.kind is FailureKind.NOT_READY else failure
 
     def _refusal(self, status: int, headers: Any, body: bytes) -> Failure:
         # "ThisException", or "ThisException:http://..."

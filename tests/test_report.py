@@ -12,8 +12,8 @@ from dask_lambda.report import RunCounts, RunReport
 from lambda_worker.store import Counts
 
 FIELDS = [
-    *("tasks", "local_tasks", "reused", "invocations", "cold_starts", "retries", "throttles"),
-    "speculative",
+    *("tasks", "local_tasks", "reused", "invocations", "cold_starts", "restores"),
+    *("retries", "throttles", "speculative"),
     *("wall_seconds", "compute_seconds", "billed_gb_seconds"),
     *("s3_puts", "s3_gets", "s3_lists", "s3_deletes", "bytes_written", "bytes_read"),
     *("cache_hits", "peak_memory_mb", "cost_usd", "prices", "failed"),
