@@ -89,6 +89,17 @@ def test_cold_starts_and_requests_of_the_workers_are_summed_up():
     assert counts.workers == Counts(4, 2, 0, 0, 60, 14)
 
 
+def test_environments_that_began_as_copies_are_counted_and_paid_by_their_memory():
+    counts = RunCounts(invocations=3)
+    counts.add_reply(reply(cold=True, restored=True, memory_mb=2048), 500.0)
+    counts.add_restore(2048)
+    counts.add_restore(1024)
+    report = counts.report(Counts(), 1.0, failed=False, prices=Prices())
+    assert (report.cold_starts, report.restores) == (1, 2)
+    # 3 x $0.0000002 + 1 GB-s x $0.0000166667 + 3 GB x $0.0001397998
+    assert report.cost_usd == pytest.approx(0.0004366661, rel=1e-12)
+
+
 def test_cache_hits_are_summed_up_and_the_peak_of_memory_is_the_largest():
     counts = RunCounts()
     counts.add_reply(reply(cache_hits=2, peak_memory=300 * 2**20), None)
