@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -12,6 +13,8 @@ ARCHITECTURES: tuple[Architecture, ...] = ("x86_64", "arm64")
 #: Bytes of the gigabyte that S3 bills (the worked examples of "Amazon S3 FAQs": 10 TB are
 #: 10,995,116,277,760 bytes).
 GB = 2**30
+#: Seconds for which a snapshot is paid at least ("AWS Lambda Pricing", SnapStart).
+SNAPSHOT_SECONDS = 3 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,11 @@ class Prices:
         A GET or HEAD.
     s3_gb_month : float
         A GB stored for a month, in the class "Standard", below 50 TB.
+    snapshot_gb_second : float
+        A second for which a published version of a Python function with SnapStart exists, for each
+        GB of the function's memory.
+    restore_gb : float
+        An environment that begins as a copy of such a snapshot, for each GB of memory.
     source : str
         Whose prices these are, for people.
     """
@@ -44,6 +52,8 @@ class Prices:
     s3_put: float = 5e-6
     s3_get: float = 0.4e-6
     s3_gb_month: float = 0.023
+    snapshot_gb_second: float = 0.0000015046
+    restore_gb: float = 0.0001397998
     source: str = "us-east-1"
 
     def cost(
@@ -55,6 +65,7 @@ class Prices:
         puts: int = 0,
         lists: int = 0,
         gets: int = 0,
+        restored_gb: float = 0.0,
     ) -> float:
         """Return the cost of what was counted, in US dollars (DELETEs are free).
 
@@ -66,6 +77,8 @@ class Prices:
         arm64_gb_seconds : float
             Those of them that were on arm64.
         puts, lists, gets : int
+        restored_gb : float
+            Memory of the functions whose snapshots were restored, once for each time.
         """
         return (
             invocations * self.lambda_request
@@ -73,6 +86,7 @@ class Prices:
             + arm64_gb_seconds * self.lambda_gb_second_arm64
             + (puts + lists) * self.s3_put
             + gets * self.s3_get
+            + restored_gb * self.restore_gb
         )
 
     def gb_second(self, architecture: Architecture) -> float:
@@ -86,6 +100,19 @@ class Prices:
     def storage(self, nbytes: int) -> float:
         """Return what bytes in S3 cost a month, in US dollars."""
         return nbytes / GB * self.s3_gb_month
+
+    def snapshots(self, memory_mb: Iterable[int], seconds: float) -> float:
+        """Return what snapshots cost while they exist, in US dollars.
+
+        Parameters
+        ----------
+        memory_mb : iterable of int
+            Of each function that has one.
+        seconds : float
+            For which each of them exists; three hours are paid in any case.
+        """
+        gb = sum(memory_mb) / 1024
+        return gb * max(seconds, SNAPSHOT_SECONDS) * self.snapshot_gb_second
 
 
 #: What a user may say costs something else: the numbers of :class:`Prices`.

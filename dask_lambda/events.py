@@ -34,6 +34,7 @@ class FailureKind(Enum):
     EXPIRED = "expired"  #: credentials; as TRANSIENT, while they are refreshed
     THROTTLED = "throttled"  #: too many invocations at the same time; as long as anything moves
     RATE_LIMITED = "rate-limited"  #: too many invocations a second; likewise
+    NOT_READY = "not-ready"  #: the function cannot run anything yet, for minutes; likewise
     BUDGET = "budget"  #: the run may not spend more; never
     CANCELLED = "cancelled"  #: nobody wants it any more; never
     UNSENDABLE = "unsendable"  #: there is no payload for it; never, but alone if it is isolated

@@ -25,10 +25,13 @@ _EXPIRED = re.compile(
     "ExpiredToken|UnrecognizedClient|security token included in the request is (expired|invalid)"
     "|[Ss]ignature expired|[Ss]ignature not yet current|RequestTimeTooSkewed",
 )
+#: A version of which nothing runs yet: it is being made, or was idle for so long (14 days, with
+#: SnapStart) that its snapshot is made anew, which the first Invoke begins.
+_NOT_READY = re.compile("following state: (Pending|Inactive)")
 _PEAK = re.compile(r"\tMax Memory Used: (\d+) MB")
 
 
-def from_response(status: int, body: bytes, function: str, region: str) -> Failure:
+def from_response(status: int, body: bytes, function: str, region: str, name: str = "") -> Failure:
     """Classify an answer of the Invoke API other than 2xx.
 
     Parameters
@@ -37,12 +40,16 @@ def from_response(status: int, body: bytes, function: str, region: str) -> Failu
         HTTP status.
     body : bytes
         JSON with "Type", "Message" (or "message"), and for throttles "Reason".
+    function, region : str
+    name : str
+        Of the error, as the header ``X-Amzn-ErrorType`` has it.
 
     Notes
     -----
     Statuses and names: "Invoke", AWS Lambda API reference, section Errors.
     """
-    text, reason, name = _service_error(body)
+    text, reason, named = _service_error(body)
+    name = name or named
     said = f"AWS said: {name or status}: {text}" if text else f"AWS said: {name or status}"
     if status in (400, 401, 403) and _EXPIRED.search(f"{name} {text}"):
         return expired(
@@ -82,6 +89,49 @@ def from_response(status: int, body: bytes, function: str, region: str) -> Failu
                     errors.FunctionNotFoundError,
                     f"function {function!r} does not exist in region {region}. {said}",
                     "Set dask-lambda.function and dask-lambda.region, or deploy the function.",
+                ),
+            )
+        case 400 if name == "SnapStartException":
+            return Failure(
+                FailureKind.FATAL,
+                Detail(
+                    errors.InvocationError,
+                    f"function {function!r} in {region} could not go on from its snapshot. {said}",
+                    "The function's log says what its runtime hook raised ('dask-lambda logs', or "
+                    "CloudWatch). dask_lambda has no such hook: who has one, an extension or a "
+                    "module that is imported early?",
+                ),
+            )
+        case 408:  # SnapStartTimeoutException
+            return Failure(
+                FailureKind.TRANSIENT,
+                Detail(
+                    errors.InvocationError,
+                    f"Lambda could not restore the snapshot of function {function!r} in {region} "
+                    f"in time. {said}",
+                    "If it goes on, deploy the function again, which makes another snapshot, or "
+                    "without one.",
+                ),
+            )
+        case 409 if name == "SnapStartNotReadyException" or _NOT_READY.search(text):
+            return Failure(
+                FailureKind.NOT_READY,
+                Detail(
+                    errors.InvocationError,
+                    f"function {function!r} in {region} is not ready to be invoked. {said}",
+                    "Lambda is making it or its snapshot, which it also does anew when nobody has "
+                    "invoked the function for 14 days: this takes minutes. If it goes on, look at "
+                    "the function's state ('dask-lambda doctor').",
+                ),
+            )
+        case 409 if name == "SnapStartRegenerationFailureException":
+            return Failure(
+                FailureKind.TRANSIENT,
+                Detail(
+                    errors.InvocationError,
+                    f"Lambda could not make the snapshot of function {function!r} in {region} "
+                    f"anew. {said}",
+                    "Lambda tries again by itself. If it goes on, deploy the function again.",
                 ),
             )
         case 409:  # the function is being created or updated

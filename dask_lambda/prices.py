@@ -19,6 +19,9 @@ Sources, as read on :data:`AS_OF`:
   eu-west-3 from the lines of a bill; eu-west-1 and ap-southeast-1 as published in October 2025;
   the others from the table of hmphu/aws-cost-calculator on GitHub, which is older (ap-northeast-1
   and -2 agree with lines of bills).
+* SnapStart with Python, a GB-second of a snapshot and a GB restored: "AWS Lambda Pricing" for
+  us-east-1, where x86_64 and arm64 cost the same; for other regions no source was found, and it is
+  taken to cost the same there.
 
 Not here, since no source was found for requests to S3: us-east-2, eu-north-1 and others.
 """
@@ -39,7 +42,7 @@ _TABLE: dict[str, Prices] = {}
 
 
 def _region(name: str, *, put: float, get: float, gb_month: float) -> None:
-    """Add a region whose functions cost what they cost in us-east-1.
+    """Add a region whose functions and snapshots cost what they cost in us-east-1.
 
     Parameters
     ----------

@@ -33,6 +33,8 @@ def check(content: Any) -> None:
     _text(reply.get("architecture", ""), "'architecture'")
     if not isinstance(reply.get("cold"), bool):
         raise NotAReply("'cold' is not true or false")
+    if not isinstance(reply.get("restored", False), bool):
+        raise NotAReply("'restored' is not true or false")
     counts = _mapping(reply.get("s3", {}), "'s3'")
     if not set(counts) <= _S3:
         raise NotAReply("'s3' counts something unknown")

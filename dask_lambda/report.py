@@ -69,6 +69,9 @@ class RunReport:
         Requests that Lambda accepted, including those whose result was of no use.
     cold_starts : int
         Invocations that met a new execution environment.
+    restores : int
+        Those of them whose environment began as a copy of a snapshot (SnapStart), each of which
+        Lambda charges for.
     retries : int
         Requests beyond the first one of their group, after whatever failure.
     throttles : int
@@ -81,7 +84,8 @@ class RunReport:
         Inside the tasks, over all workers.
     billed_gb_seconds : float
         Duration, rounded up to 1 ms, times memory: from Lambda's own REPORT where it is sent,
-        else from the worker's clock (which does not see the start of an environment).
+        else from the worker's clock (which does not see the start of an environment, nor what of a
+        restoration is billed as time).
     s3_puts, s3_gets, s3_lists, s3_deletes : int
         Requests of client and workers; a batch of deletes is one.
     bytes_written, bytes_read : int
@@ -103,6 +107,7 @@ class RunReport:
     reused: int
     invocations: int
     cold_starts: int
+    restores: int
     retries: int
     throttles: int
     speculative: int
@@ -164,6 +169,8 @@ class RunCounts:
     reused: int = 0
     invocations: int = 0
     cold_starts: int = 0
+    restores: int = 0
+    restored_gb: float = 0.0  #: memory of their functions
     retries: int = 0
     throttles: int = 0
     speculative: int = 0
@@ -185,6 +192,11 @@ class RunCounts:
         milliseconds = content["milliseconds"] if billed_ms is None else billed_ms
         self.add_billed(math.ceil(milliseconds), content["memory_mb"], architecture)
         self.add_work(content)
+
+    def add_restore(self, memory_mb: int) -> None:
+        """Count an environment that began as a copy of a snapshot."""
+        self.restores += 1
+        self.restored_gb += memory_mb / 1024
 
     def add_work(self, content: dict[str, Any]) -> None:
         """Count what whoever served a request did, on Lambda or elsewhere."""
@@ -213,6 +225,7 @@ class RunCounts:
             reused=self.reused,
             invocations=self.invocations,
             cold_starts=self.cold_starts,
+            restores=self.restores,
             retries=self.retries,
             throttles=self.throttles,
             speculative=self.speculative,
@@ -249,6 +262,7 @@ class RunCounts:
             puts=total.puts,
             lists=total.lists,
             gets=total.gets,
+            restored_gb=self.restored_gb,
         )
 
     def _total(self, client: Counts) -> Counts:

@@ -140,10 +140,11 @@ class Sender:
             reply.ran and reply.content is None and reply.billed_ms is None
         ):  # nobody says how long
             run.unbilled += (time.monotonic() - sent) * self.usd_second(invoker, run.memory_mb)
+        memory_mb = invoker.memory_mb or run.memory_mb
         if not instruction.local:
-            self._count(run, instruction, reply, invoker.memory_mb, self.architecture(invoker))
+            self._count(run, instruction, reply, memory_mb, self.architecture(invoker))
         if reply.ran:
-            usd = self._usd(instruction, reply, self.usd_second(invoker, run.memory_mb))
+            usd = self._usd(instruction, reply, invoker, memory_mb)
             run.note_attempt(groups, usd, reply.log)
         content = reply.content
         if content is not None and "differing" in content:
@@ -207,7 +208,7 @@ class Sender:
         run: Run,
         instruction: Invoke,
         reply: Reply,
-        memory_mb: int | None,
+        memory_mb: int,
         architecture: Architecture,
     ) -> None:
         counts = run.counts
@@ -221,7 +222,9 @@ class Sender:
         if reply.content is not None:
             counts.add_reply(reply.content, reply.billed_ms, architecture)
         elif reply.billed_ms is not None:
-            counts.add_billed(reply.billed_ms, memory_mb or 0, architecture)
+            counts.add_billed(reply.billed_ms, memory_mb, architecture)
+        if reply.restored:
+            counts.add_restore(memory_mb)
 
     @staticmethod
     def _count_local(run: Run, instruction: Invoke, reply: Reply) -> None:
@@ -229,7 +232,7 @@ class Sender:
         if reply.content is not None:
             run.counts.add_work(reply.content)
 
-    def _usd(self, instruction: Invoke, reply: Reply, usd_second: float) -> float:
+    def _usd(self, instruction: Invoke, reply: Reply, invoker: Any, memory_mb: int) -> float:
         """Return what an invocation cost, as far as it is known."""
         if reply.content is None and reply.billed_ms is None:
             return 0.0
@@ -238,12 +241,13 @@ class Sender:
         if instruction.local:  # but for S3
             milliseconds = 0
         s3 = content.get("s3", {})
-        return milliseconds / 1e3 * usd_second + self._prices.cost(
+        return milliseconds / 1e3 * self.usd_second(invoker, memory_mb) + self._prices.cost(
             invocations=0 if instruction.local else 1,
             gb_seconds=0.0,
             puts=s3.get("puts", 0),
             lists=s3.get("lists", 0),
             gets=s3.get("gets", 0),
+            restored_gb=memory_mb / 1024 if reply.restored else 0.0,
         )
 
     @staticmethod

@@ -96,7 +96,7 @@ _ONE_IS_GUILTY = frozenset({FailureKind.MEMORY, FailureKind.TIMEOUT, FailureKind
 _TOO_LARGE = frozenset({FailureKind.MEMORY, FailureKind.TIMEOUT})
 #: Failures that end with the patience of the run.
 _OUTSIDE = frozenset({FailureKind.TRANSIENT, FailureKind.EXPIRED})
-_REFUSED = frozenset({FailureKind.THROTTLED, FailureKind.RATE_LIMITED})
+_REFUSED = frozenset({FailureKind.THROTTLED, FailureKind.RATE_LIMITED, FailureKind.NOT_READY})
 #: Failures that end a run whatever else is in flight.
 _FINAL = frozenset({FailureKind.FATAL, FailureKind.UNSENDABLE, FailureKind.BUDGET})
 
@@ -318,10 +318,13 @@ class State:
     def _refused(self, job: Job, failure: Failure, now: float, out: list[Instruction]) -> None:
         """Send later what Lambda would not start now: this is no failure of the group."""
         window, run = self.window, job.run
-        if failure.kind is FailureKind.THROTTLED:
-            window.throttled(self._on_lambda, now)
-        else:
-            window.rate_limited(now)
+        match failure.kind:
+            case FailureKind.THROTTLED:
+                window.throttled(self._on_lambda, now)
+            case FailureKind.RATE_LIMITED:
+                window.rate_limited(now)
+            case _:
+                window.not_ready(now)
         if job.in_flight:
             return
         if run.refused_since <= self._last_success:

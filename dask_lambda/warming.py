@@ -34,6 +34,8 @@ class WarmReport:
         Requests that Lambda accepted: so many environments are warm now.
     cold_starts : int
         Environments that had to be started for them.
+    restores : int
+        Those of them that began as a copy of a snapshot.
     throttles : int
         Requests that Lambda refused with 429: the account's limit, or too many at once.
     wall_seconds : float
@@ -45,6 +47,7 @@ class WarmReport:
 
     invocations: int
     cold_starts: int
+    restores: int
     throttles: int
     wall_seconds: float
     billed_gb_seconds: float
@@ -99,6 +102,8 @@ async def warm(
             continue
         counts.invocations += reply.ran
         of = architecture or invoker.architecture or "x86_64"
+        if reply.restored:
+            counts.add_restore(invoker.memory_mb or memory_mb)
         if reply.content is None:
             counts.add_billed(reply.billed_ms or 0.0, invoker.memory_mb or memory_mb, of)
             failure = failure or reply.failure
@@ -111,6 +116,7 @@ async def warm(
     return WarmReport(
         counts.invocations,
         counts.cold_starts,
+        counts.restores,
         counts.throttles,
         time.perf_counter() - started,
         counts.billed_gb_seconds,

@@ -6,6 +6,10 @@ account, or of the function's reserved concurrency): then the *limit* shrinks.  
 factor and grow by a constant, as TCP's window does (AIMD: Chiu and Jain, Computer Networks and ISDN
 Systems 17, 1989).  One thing is better here than for TCP: a refusal comes at once and costs
 nothing, and what is still in flight then was not refused; so the limit need not go below that.
+
+Lambda may also say that the function is not ready: nothing of it runs, for minutes.  Then the
+window *pauses*: now and then one invocation is sent to ask again, until one is not refused.  This
+says nothing of how many there may be, so limit and rate stay what they are.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ MIN_LIMIT = 1.0
 MIN_RATE = 10.0
 #: In a second: the limit grows at least by so much.
 MIN_STEP = 1.0
+#: Seconds before it is asked again whether a function is ready; they double each time.  An answer
+#: takes less.
+MIN_PAUSE = 1.0
 #: A rate that was learnt so many seconds before anything else was sent says nothing any more.
 FORGET_SECONDS = 600.0
 ROUNDING = 1e-6
@@ -41,7 +48,7 @@ class Window:
     rate : float
         Invocations a second that Lambda is believed to accept.
     refusals : int
-        Bursts of throttles since anything succeeded.
+        Bursts of refusals since anything succeeded.
     """
 
     def __init__(self, size: int, policy: Policy):
@@ -55,6 +62,9 @@ class Window:
         self._tokens = 0.0
         self._second = -math.inf  # begin of the present second of counting
         self._sent = self._refused = 0  # in it
+        self._pause = 0.0  # seconds between two that ask whether the function is ready
+        self._paused_until: float | None = None  # when the next one may
+        self._asked = False  # whether one was sent, of which nothing was heard yet
 
     def resize(self, size: int) -> None:
         """Change the size; what was learnt about Lambda stays."""
@@ -68,6 +78,8 @@ class Window:
 
     def room(self, in_flight: int, now: float) -> bool:
         """Whether one more invocation may be sent now."""
+        if self._is_paused(now):
+            return False
         if self.limit == self.size and self.rate == math.inf:  # nothing was refused
             return in_flight < self.size
         self._grow(now)
@@ -77,6 +89,8 @@ class Window:
         """Return when there will be room if nothing ends before; None if there will be none."""
         self._grow(now)
         at = now
+        if self._paused_until is not None:
+            at = max(now, self._paused_until)
         if in_flight >= self.allowed:
             if in_flight >= self.size:
                 return None
@@ -92,11 +106,14 @@ class Window:
             self._sent = self._refused = 0
             self._second = now
         self._sent += 1
+        if self._paused_until is not None:
+            self._asked, self._paused_until = True, now + self._pause
         self._tokens -= 1
 
     def succeeded(self) -> None:
         """Take note of an invocation that ended well: the limit grows by one a limit's worth."""
         self.refusals = 0
+        self._asked, self._paused_until = False, None
         self.limit = min(float(self.size), self.limit + 1.0 / self.limit)
 
     def throttled(self, in_flight: int, now: float) -> None:
@@ -115,6 +132,24 @@ class Window:
             self.rate, self._tokens = max(MIN_RATE, self._sent * self._policy.decrease), 0.0
         self.refusals += not self._refused
         self._refused += 1
+
+    def not_ready(self, now: float) -> None:
+        """Take note that the function can run nothing yet."""
+        if self._paused_until is not None and now < self._paused_until and not self._asked:
+            return  # it was sent before the pause
+        self.refusals += 1
+        self._pause = min(self._policy.max_backoff, MIN_PAUSE * 2.0 ** min(self.refusals - 1, 60))
+        self._asked, self._paused_until = False, now + self._pause
+
+    def _is_paused(self, now: float) -> bool:
+        """Whether nothing may be sent, since the function is not ready."""
+        if self._paused_until is None:
+            return False
+        if now < self._paused_until:
+            return True
+        if self._asked:  # a refusal comes at once, and none has come
+            self._asked, self._paused_until = False, None
+        return False
 
     def _judge(self) -> None:
         """Learn from a second in which some were refused: what was accepted is the rate.

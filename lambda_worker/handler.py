@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-from lambda_worker import codec, log_lines, protocol
+from lambda_worker import codec, log_lines, protocol, snapshot
 from lambda_worker.cache import Cache
 from lambda_worker.commit import commit
 from lambda_worker.environment import PREIMPORT, Packages, find_deployed, preimport
@@ -116,6 +116,7 @@ def _to_stderr(line: str) -> None:
 environment = Environment()
 for _name, _why in preimport(os.environ.get(PREIMPORT, "")).items():
     sys.stderr.write(json.dumps({"not imported": _name, "error": _why}) + "\n")
+snapshot.prepare()
 
 
 class Failure(Exception):
@@ -497,12 +498,17 @@ def serve(event: Any, context: Any, environment: Environment) -> dict[str, Any]:
     """
     started = time.perf_counter()
     cold, environment.cold = environment.cold, False
+    restored = cold and snapshot.from_snapshot()
+    if restored:
+        snapshot.renew()
     reply: dict[str, Any] = {
         "protocol": protocol.PROTOCOL,
         "cold": cold,
         "memory_mb": int(context.memory_limit_in_mb),
         "architecture": os.uname().machine,  # a GB-second of arm64 costs less
     }
+    if restored:
+        reply["restored"] = True
     ours = protocol.versions()
     event = event if isinstance(event, dict) else {}
     client = event.get("client")

@@ -79,6 +79,7 @@ def line(
         "run": event.get("run"),
         "request": context.aws_request_id,
         "cold": reply["cold"],
+        **({"restored": True} if reply.get("restored") else {}),
         "groups": len(groups),
         "errors": sum("error" in g for g in groups),
         "cancelled": any(g.get("error", {}).get("kind") == "cancelled" for g in groups),

@@ -1,4 +1,6 @@
-"""S3 objects by name, counted.  May import: codec, protocol, errors, obstore.
+"""S3 objects by name, counted.
+
+May import: codec, protocol, container_credentials, errors, obstore.
 
 Large objects travel in parts, several at a time.
 
@@ -31,6 +33,7 @@ from obstore.exceptions import (
 from obstore.store import S3Store
 
 from lambda_worker import codec
+from lambda_worker.container_credentials import UNAVAILABLE, ContainerCredentials
 from lambda_worker.errors import StoreError, StoreErrorKind
 
 #: A whole object of 10 GB at 75 MB/s, the sustained bandwidth of one Lambda, takes 133 s.
@@ -136,7 +139,8 @@ def open_bucket(
         How long obstore goes on retrying one request.
     **credentials
         ``access_key_id`` and ``secret_access_key``, or ``credential_provider``; default: the
-        standard environment variables, which Lambda sets for the execution role.
+        standard environment variables, which Lambda sets for the execution role, or the endpoint
+        that it names in their place (:mod:`lambda_worker.container_credentials`).
     """
     client: dict[str, Any] = {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT}
     config: dict[str, Any] = {}
@@ -154,6 +158,8 @@ def open_bucket(
             client["proxy_excludes"] = ",".join(LOOPBACK)
     if region:
         config["region"] = region
+    if not credentials and ContainerCredentials.wanted():
+        credentials["credential_provider"] = ContainerCredentials()
     return S3Store(
         bucket,
         client_options=client,  # type: ignore[arg-type]
@@ -434,6 +440,8 @@ def _translated(action: str, name: str) -> Iterator[None]:
             kind = "missing"
         elif _EXPIRED.search(text):
             kind = "expired"
+        elif UNAVAILABLE in text:
+            kind = "transient"
         elif isinstance(error, _DENIALS) or _DENIED.search(text):
             kind = "denied"
         said = _SAID.search(text)

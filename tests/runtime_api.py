@@ -72,12 +72,19 @@ class RuntimeAPI:
         Of the function.
     log : Path
         Where it writes what the function logs.
+
+    Attributes
+    ----------
+    restored : int
+        How often the function has said that a snapshot of it may be taken, and was told to go on
+        as a copy of it.
     """
 
     def __init__(self, handler: str, environment: dict[str, str], log: Path):
         self._handler = handler
         self._environment = environment
         self._log = log
+        self.restored = 0
         self._events: queue.Queue[tuple[str, bytes, float] | None] = queue.Queue()
         self._answers: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._requests())
@@ -126,12 +133,18 @@ class RuntimeAPI:
         return self._log.read_text("utf-8")
 
     def _requests(self) -> type[BaseHTTPRequestHandler]:
-        events, answers = self._events, self._answers
+        events, answers, api = self._events, self._answers, self
 
         class Requests(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                if self.path == PREFIX + "restore/next":
+                    api.restored += 1
+                    self.send_response(200)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 assert self.path == PREFIX + "invocation/next"
                 event = events.get()
                 if event is None:

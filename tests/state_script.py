@@ -28,7 +28,7 @@ from dask_lambda.policy import Policy
 from dask_lambda.state import State
 from tests.state_invariants import check
 
-TASK, MEMORY, TIMEOUT, DEATH, TRANSIENT, EXPIRED, THROTTLED, RATE_LIMITED, FATAL = (
+TASK, MEMORY, TIMEOUT, DEATH, TRANSIENT, EXPIRED, THROTTLED, RATE_LIMITED, NOT_READY, FATAL = (
     Failure(FailureKind.TASK),
     Failure(FailureKind.MEMORY),
     Failure(FailureKind.TIMEOUT),
@@ -37,6 +37,7 @@ TASK, MEMORY, TIMEOUT, DEATH, TRANSIENT, EXPIRED, THROTTLED, RATE_LIMITED, FATAL
     Failure(FailureKind.EXPIRED),
     Failure(FailureKind.THROTTLED),
     Failure(FailureKind.RATE_LIMITED),
+    Failure(FailureKind.NOT_READY),
     Failure(FailureKind.FATAL),
 )
 DONE = Done()

@@ -69,6 +69,25 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any], float]] = {
         {"invocations": 0, "gb_seconds": 100.0, "arm64_gb_seconds": 40.0},
         0.001533338,
     ),
+    # SnapStart: 1,000 environments of 1,769 MB begin as copies and run 2 s each, of which 3 ms are
+    # the billed part of the restoration: 1,727.5390625 GB restored and 3,455.078125 GB-s:
+    # $0.0002 + 3,455.078125 x $0.0000166667 + 1,727.5390625 x $0.0001397998
+    # = $0.0002 + $0.057584... + $0.241509...
+    "a thousand copies of a snapshot": (
+        "us-east-1",
+        {
+            "invocations": 1000,
+            "gb_seconds": 1000 * 2 * 1769 / 1024,
+            "restored_gb": 1000 * 1769 / 1024,
+        },
+        0.0002 + 3_455.078125 * 0.0000166667 + 1_727.5390625 * 0.0001397998,
+    ),
+    # The same on arm64 for 10,240 MB, once: 10 GB restored: $0.001397998, and nothing else.
+    "one large copy, on arm64": (
+        "eu-west-1",
+        {"invocations": 0, "gb_seconds": 0.0, "restored_gb": 10.0},
+        0.001397998,
+    ),
     # Tokyo: 4,700 PUTs at $0.0047 a thousand = $0.02209.
     "PUTs in Tokyo": ("ap-northeast-1", {"invocations": 0, "gb_seconds": 0, "puts": 4700}, 0.02209),
 }
@@ -88,6 +107,21 @@ def test_storage_is_billed_in_gigabytes_of_two_to_the_thirtieth() -> None:
     assert GB == 1_073_741_824
 
 
+def test_snapshots_are_paid_for_as_long_as_they_exist_and_for_three_hours_at_least() -> None:
+    # 1 GB for 30 days: 2,592,000 s x $0.0000015046 = $3.8999232.
+    month = 30 * 24 * 3600
+    prices = prices_for("us-east-1")
+    assert prices.snapshots([1024], month) == pytest.approx(3.8999232)
+    # 1,769 and 3,538 MB (a ladder): 5.1826171875 GB: $20.2118090625.
+    assert prices.snapshots([1769, 3538], month) == pytest.approx(20.2118090625)
+    # 2 GB for a minute, as for three hours: 2 x 10,800 s x $0.0000015046 = $0.03249936.
+    assert prices.snapshots([2048], 60) == pytest.approx(0.03249936)
+    assert prices.snapshots(iter([2048]), 10_801) > 0.03249936
+    assert prices.snapshots([], month) == 0
+    own = prices_for("eu-central-1", {"snapshot_gb_second": 1e-6})
+    assert own.snapshots([1024], month) == pytest.approx(2.592)
+
+
 counted = st.fixed_dictionaries(
     {
         "invocations": st.integers(0, 10**9),
@@ -96,6 +130,7 @@ counted = st.fixed_dictionaries(
         "puts": st.integers(0, 10**9),
         "lists": st.integers(0, 10**9),
         "gets": st.integers(0, 10**9),
+        "restored_gb": st.floats(0, 1e9),
     }
 )
 
@@ -114,7 +149,10 @@ def test_two_runs_cost_what_each_of_them_costs(one, other, region) -> None:
     assert cost(prices, both) == pytest.approx(cost(prices, one) + cost(prices, other), rel=1e-6)
 
 
-@given(counted, st.sampled_from(["invocations", "x86", "arm64", "puts", "lists", "gets"]))
+@given(
+    counted,
+    st.sampled_from(["invocations", "x86", "arm64", "puts", "lists", "gets", "restored_gb"]),
+)
 def test_more_of_anything_never_costs_less(counts, name) -> None:
     more = {**counts, name: counts[name] + 1000}
     assert cost(Prices(), more) >= cost(Prices(), counts) >= 0
@@ -152,10 +190,13 @@ def test_what_the_user_pays_counts_more_than_the_table_and_the_result_says_so() 
     assert prices.s3_get == prices_for("eu-central-1").s3_get
     assert prices.source.endswith("given by you: s3_put")
     free = prices_for("mars-north-1", dict.fromkeys(PRICED, 0.0))
-    assert free.cost(invocations=9, gb_seconds=9, puts=9, gets=9) == 0
+    assert free.cost(invocations=9, gb_seconds=9, puts=9, gets=9, restored_gb=9) == 0
+    assert free.snapshots([1769], 1e9) == 0
 
 
 def test_prices_may_be_set_with_dashes_or_underscores() -> None:
+    settings = Settings.resolve(prices={"restore-gb": 1e-4, "snapshot_gb_second": 0})
+    assert settings.prices == {"restore_gb": 1e-4, "snapshot_gb_second": 0}
     settings = Settings.resolve(prices={"s3-put": 0.0, "lambda_gb_second": 1.5e-5})
     assert settings.prices == {"s3_put": 0.0, "lambda_gb_second": 1.5e-5}
     assert Settings.resolve(prices=None).prices == {}

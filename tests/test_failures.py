@@ -185,6 +185,70 @@ def test_the_services_own_failures_are_transient(status):
     assert f"Lambda answered {status}" in str(shown(failure))
 
 
+#: Name, status, message, and what is decided.
+SNAP_START = [
+    (
+        "SnapStartNotReadyException",
+        409,
+        "Lambda is initializing your function. It will be ready to invoke once your function state "
+        "becomes ACTIVE.",
+        FailureKind.NOT_READY,
+        "14 days",
+    ),
+    (
+        "ResourceConflictException",
+        409,
+        "The operation cannot be performed at this time. The function is currently in the "
+        "following state: Pending",
+        FailureKind.NOT_READY,
+        "takes minutes",
+    ),
+    (
+        "SnapStartTimeoutException",
+        408,
+        "Lambda couldn't restore the snapshot within the timeout limit.",
+        FailureKind.TRANSIENT,
+        "in time",
+    ),
+    (
+        "SnapStartRegenerationFailureException",
+        409,
+        "Lambda couldn't regenerate the SnapStart snapshot for the function.",
+        FailureKind.TRANSIENT,
+        "deploy the function again",
+    ),
+    (
+        "SnapStartException",
+        400,
+        "The afterRestore() runtime hook encountered an error. For more information, check the "
+        "Amazon CloudWatch logs.",
+        FailureKind.FATAL,
+        "dask-lambda logs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "status", "message", "kind", "advice"), SNAP_START)
+def test_what_lambda_says_of_snapshots(name, status, message, kind, advice):
+    body = json.dumps({"Type": "User", "Message": message}).encode()
+    failure = lambda_answers.from_response(status, body, "my-function:live", "eu-north-1", name)
+    assert failure.kind is kind
+    exception = shown(failure)
+    assert type(exception) is errors.InvocationError
+    text = str(exception)
+    assert "function 'my-function:live' in eu-north-1" in text
+    assert f"AWS said: {name}: {message}" in text
+    assert advice in text
+
+
+def test_a_function_that_has_failed_or_is_changed_is_not_waited_for_as_long():
+    said = "The operation cannot be performed at this time. The function is currently in the "
+    failure = answer(409, Type="User", Message=f"{said}following state: Failed")
+    assert failure.kind is FailureKind.TRANSIENT
+    failure = answer(409, Message="An update is in progress for resource: my-function")
+    assert failure.kind is FailureKind.TRANSIENT
+
+
 @pytest.mark.parametrize("status", [400, 405, 415, 302])
 def test_other_answers_are_fatal(status):
     assert answer(status, Message="no").kind is FailureKind.FATAL

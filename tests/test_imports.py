@@ -74,7 +74,7 @@ PURE_DEPLOY = [
 GROUND = [
     *("standalone", "handler", "log_lines", "lease", "limits", "uploads", "prefetch", "execute"),
     *("calls", "folds", "commit", "store", "codec", "cache", "memory", "modules", "protocol"),
-    *("environment", "errors"),
+    *("container_credentials", "snapshot", "environment", "errors"),
 ]
 #: The packaging of workers, likewise.
 PACKAGING = [

@@ -12,8 +12,8 @@ from dask_lambda.report import RunCounts, RunReport
 from lambda_worker.store import Counts
 
 FIELDS = [
-    *("tasks", "local_tasks", "reused", "invocations", "cold_starts", "retries", "throttles"),
-    "speculative",
+    *("tasks", "local_tasks", "reused", "invocations", "cold_starts", "restores"),
+    *("retries", "throttles", "speculative"),
     *("wall_seconds", "compute_seconds", "billed_gb_seconds"),
     *("s3_puts", "s3_gets", "s3_lists", "s3_deletes", "bytes_written", "bytes_read"),
     *("cache_hits", "peak_memory_mb", "cost_usd", "prices", "failed"),
@@ -87,6 +87,17 @@ def test_cold_starts_and_requests_of_the_workers_are_summed_up():
     counts.add_reply(reply(), None)  # a refusal says nothing of S3
     assert counts.cold_starts == 1
     assert counts.workers == Counts(4, 2, 0, 0, 60, 14)
+
+
+def test_environments_that_began_as_copies_are_counted_and_paid_by_their_memory():
+    counts = RunCounts(invocations=3)
+    counts.add_reply(reply(cold=True, restored=True, memory_mb=2048), 500.0)
+    counts.add_restore(2048)
+    counts.add_restore(1024)
+    report = counts.report(Counts(), 1.0, failed=False, prices=Prices())
+    assert (report.cold_starts, report.restores) == (1, 2)
+    # 3 x $0.0000002 + 1 GB-s x $0.0000166667 + 3 GB x $0.0001397998
+    assert report.cost_usd == pytest.approx(0.0004366661, rel=1e-12)
 
 
 def test_cache_hits_are_summed_up_and_the_peak_of_memory_is_the_largest():

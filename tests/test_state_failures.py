@@ -23,6 +23,7 @@ from tests.state_script import (
     EXPIRED,
     FATAL,
     MEMORY,
+    NOT_READY,
     RATE_LIMITED,
     TASK,
     THROTTLED,
@@ -504,3 +505,87 @@ def test_the_first_throttle_after_a_long_invocation_does_not_end_the_run():
     script.add("s", group("c"))
     script.end("c", THROTTLED, run="s")
     assert not script.ended()
+
+
+# -- a function that is not ready ----------------------------------------------------------------
+
+
+def test_one_invocation_at_a_time_asks_whether_the_function_is_ready():
+    script = Script(window=100)
+    flood(script, 300)
+    while script.flying:
+        script.end(script.in_flight()[0], NOT_READY)
+    asked = []
+    while script.now < 300:
+        script.wake()
+        assert len(script.flying) <= 1
+        for key in script.in_flight():
+            asked.append(script.now)
+            script.end(key, NOT_READY)
+    waits = [after - before for before, after in itertools.pairwise([0.0, *asked])]
+    assert waits[:4] == pytest.approx([1, 2, 4, 8])
+    assert all(wait >= 20 - 1e-6 for wait in waits[5:])
+    assert len(asked) < 20
+    assert not script.ended()
+
+
+def test_as_soon_as_one_succeeds_all_goes_on_as_it_was():
+    script = Script(window=100)
+    flood(script, 300)
+    for key in script.in_flight()[1:]:
+        script.end(key, NOT_READY)
+    assert len(script.flying) == 1
+    script.end(script.in_flight()[0])
+    assert len(script.flying) == 100
+    assert script.state.window.limit == 100
+
+
+def test_one_that_is_not_refused_for_as_long_as_the_pause_shows_that_it_is_ready():
+    """It may run for minutes: the others do not wait for its end."""
+    script = Script(window=100)
+    flood(script, 300)
+    while script.flying:
+        script.end(script.in_flight()[0], NOT_READY)
+    while not script.flying:
+        script.wake()
+    begun = script.now
+    while len(script.flying) < 100:
+        script.wake()
+    assert script.now - begun == pytest.approx(1.0)
+
+
+def test_what_was_in_flight_already_is_not_disturbed_by_a_function_that_is_not_ready():
+    """A larger function may be made anew while the usual one runs."""
+    script = Script(window=2)
+    script.add("r", group("long"), group("b"), group("c"))
+    script.end("b", NOT_READY)
+    assert script.in_flight() == ["long"]
+    script.wake_until_flying("c")
+    script.end("c")
+    script.wake_until_flying("b")
+    script.end("b")
+    script.end("long")
+    assert script.ended() == [RunEnded("r", None)]
+
+
+def test_a_function_that_does_not_get_ready_ends_the_run_after_the_patience_of_throttles():
+    script = Script(policy=Policy(throttle_patience=60))
+    script.add("r", group("a"))
+    warned = []
+    while not script.ended():
+        script.wake_until_flying("a")
+        script.end("a", NOT_READY)
+        warned += script.said(Stalled)
+        assert script.now < 60 + 2 * Policy().max_backoff
+    assert script.now >= 60
+    assert script.ended()[0].failure is NOT_READY
+    assert warned
+    assert {each.failure for each in warned} == {NOT_READY}
+
+
+def test_the_refusals_of_one_burst_are_one_refusal():
+    script = Script(window=100)
+    flood(script, 100)
+    for key in script.in_flight():
+        script.end(key, NOT_READY)
+    assert script.state.window.refusals == 1

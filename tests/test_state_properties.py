@@ -160,7 +160,7 @@ SLOTS, MEMORY = 2, 2
 GUILTY = {FailureKind.MEMORY, FailureKind.TIMEOUT, FailureKind.DEATH}
 #: Failures that no other invocation can make good.
 FINAL = {FailureKind.FATAL, FailureKind.UNSENDABLE}
-REFUSED = {FailureKind.THROTTLED, FailureKind.RATE_LIMITED}
+REFUSED = {FailureKind.THROTTLED, FailureKind.RATE_LIMITED, FailureKind.NOT_READY}
 
 
 class Play:
