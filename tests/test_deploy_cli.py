@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -129,6 +130,33 @@ def test_a_dry_run_can_be_read(cli: Cli) -> None:
     assert "s3 PutPublicAccessBlock   (needs s3:PutBucketPublicAccessBlock)" in shown
     assert "The policy for whoever computes:" in shown
     assert "Nothing was changed." in shown
+
+
+def test_what_snapshots_cost_is_said_before_they_are_made(cli: Cli, aws: LocalAWS) -> None:
+    where = Account.of_local(aws).where
+    image = ("--image", f"{where.registry}/mine@sha256:{'a' * 64}")
+    given = ("deploy", *image, "--memory", "1024", "--snapstart", "--dry-run")
+    shown = cli(*given).output
+    assert "needs lambda:PublishVersion" in shown
+    assert "<number of the new version of dask-lambda-1024>" in shown
+    # 1 GB for 30 days of 86,400 s at $0.0000015046 (us-east-1)
+    assert "Snapshots cost $3.90 in 30 days" in shown
+    known = json.loads(cli(*given, "--json").stdout)
+    assert known["snapshots_usd_30_days"] == pytest.approx(2_592_000 * 0.0000015046)
+    (invoke,) = [
+        each
+        for each in known["policies"]["whoever computes"]["Statement"]
+        if each["Sid"] == "Invoke"
+    ]
+    assert [arn.rpartition("function:")[2] for arn in invoke["Resource"]] == [
+        "dask-lambda-1024:snapstart"
+    ]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Lambda takes snapshots of this Python")
+def test_snapshots_of_an_old_python_are_refused(cli: Cli) -> None:
+    said = cli("deploy", "--worker-only", "--snapstart", "--yes", code=1).output
+    assert "--snapstart needs Python 3.12 or newer" in said
 
 
 @pytest.mark.parametrize("command", ["deploy", "status", "destroy"])

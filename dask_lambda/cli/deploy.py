@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: Exit codes of ``status``.
 NOTHING_DEPLOYED = 3
 DIFFERS = 4
+#: For which it is said what snapshots cost.
+SNAPSHOT_DAYS = 30
 
 SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=", "empty": "-"}
 
@@ -147,6 +149,7 @@ def deploy(**given: Any) -> None:
                 "environment": done.record.environment,
                 "configuration": str(done.configuration),
                 "warnings": prepared.warnings,
+                "snapshots_usd_30_days": _snapshots(prepared)[0] if options.snapstart else 0.0,
                 "invoker_policy": _invoker(done.record.names),
             }
         )
@@ -319,6 +322,7 @@ def _print_dry_run(prepared: Prepared, as_json: bool) -> None:
                 "steps": [step.to_json() for step in prepared.steps],
                 "policies": documents,
                 "warnings": prepared.warnings,
+                "snapshots_usd_30_days": _snapshots(prepared)[0] if wanted.names.alias else 0.0,
             }
         )
         return
@@ -346,10 +350,28 @@ def _print_plan(prepared: Prepared) -> None:
         click.echo("everything is there already")
     else:
         images = "; $0.10 for images" if prepared.wanted.repository else ""
+        snapshots = " and, see below, snapshots" if prepared.wanted.names.alias else ""
         click.echo(
             "None of it costs anything while nothing runs, but what is stored ($0.023 per GB and "
-            f"month in S3, in us-east-1{images})."
+            f"month in S3, in us-east-1{images}){snapshots}."
         )
+    if prepared.wanted.names.alias:
+        usd, source = _snapshots(prepared)
+        click.echo(
+            f"Snapshots cost ${usd:,.2f} in {SNAPSHOT_DAYS} days while they exist, whether "
+            f"anything runs or not (prices of {source}); without --snapstart the next deploy "
+            "deletes them."
+        )
+
+
+def _snapshots(prepared: Prepared) -> tuple[float, str]:
+    """Return what the snapshots cost in some days, in US dollars, and whose prices these are."""
+    from dask_lambda.config import Settings
+    from dask_lambda.prices import prices_for
+
+    names = prepared.wanted.names
+    prices = prices_for(names.where.region, Settings.resolve().prices)
+    return prices.snapshots(names.sizes, SNAPSHOT_DAYS * 24 * 3600), prices.source
 
 
 def _print_step(step: Step) -> None:
@@ -372,6 +394,7 @@ def _describe(state: State) -> dict[str, Any]:
                 "name": each.name,
                 "state": each.state,
                 "memory": each.memory,
+                "snapshot": each.snapshot,
                 "differences": each.differences,
             }
             for each in state.functions
@@ -391,7 +414,8 @@ def _print_state(state: State) -> None:
     click.echo(f"{record.name} in {record.where}")
     for each in state.functions:
         memory = f"{each.memory:,} MB" if each.memory else ""
-        click.echo(f"  function   {each.name:32} {each.state:10} {memory}")
+        snapshot = f"  snapshot {each.snapshot}" if each.snapshot else ""
+        click.echo(f"  function   {each.name:32} {each.state:10} {memory}{snapshot}")
     if state.seen.bucket:
         click.echo(f"  bucket     {record.bucket}")
     if state.seen.role:
