@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from dask_lambda.deploy import elf, image, layers, package, trim, wheels
 from dask_lambda.deploy.environment import (
+    WORKER,
     Installed,
     digest,
     everything,
@@ -31,6 +33,7 @@ from dask_lambda.deploy.environment import (
 from dask_lambda.deploy.layers import MAX_LAYERS, Size
 from dask_lambda.deploy.platforms import Platform
 from dask_lambda.errors import PackagingError
+from lambda_worker.environment import FILE
 from tests.runtime_api import HERE
 
 LINUX = Platform("3.12", "x86_64", (2, 34))
@@ -529,6 +532,35 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(wheels.NoWheelError):
         package.build(form="layers", platform=HERE, cache=tmp_path)
     assert list((tmp_path / "environments").iterdir()) == []
+
+
+@pytest.mark.parametrize("because", ["", "it is too large for layers"])
+def test_an_image_that_somebody_asked_for_does_not_keep_layers_from_being_tried(
+    tmp_path, monkeypatch, because
+):
+    job = package._Job("image", Platform.of_lambda(image=True), WORKER, tmp_path / "environments")
+    manifest = {
+        "digest": job.digest,
+        "form": "image",
+        "platform": dataclasses.asdict(job.platform),
+        "packages": job.packages,
+        "listed": [],
+        "layers": [],
+        "sizes": [],
+        "cuts": {},
+        "because": because,
+    }
+    files = {package.MANIFEST: json.dumps(manifest), f"{image.PACKAGES}/{FILE}": ""}
+    tree(job.parent / job.digest, files)
+    assert package.build(form="image", cache=tmp_path).because == because
+
+    # Layers cannot be built here, so that what is said shows whether they were tried.
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    found = package.build(cache=tmp_path)
+    assert (found.digest, found.fresh) == (job.digest, False)
+    assert found.because == because or "there is no wheel of" in found.because
+    assert found.because
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch):
