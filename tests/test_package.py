@@ -195,6 +195,18 @@ def test_what_the_worker_imports_cannot_be_left_out(tmp_path, name):
         package.build(without=["scipy", name], cache=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        (["numpy"], "numpy is to be left out, but is needed by scipy: leave that out, too"),
+        (["scpiy"], "scpiy is to be left out, but is not installed here: check the name"),
+    ],
+)
+def test_what_would_not_be_left_out_is_said(tmp_path, without, said):
+    with pytest.raises(PackagingError, match=said):
+        package.build(without=without, cache=tmp_path)
+
+
 # -- what an installer says ----------------------------------------------------------------------
 
 
@@ -421,11 +433,11 @@ def test_another_content_gives_another_hash(tmp_path):
 
 
 def test_what_is_too_large_is_refused_with_what_takes_the_room():
-    sizes = [Size("torch", "2.13", 900 * 2**20), Size("numpy", "2.4.6", 50 * 2**20)]
+    sizes = [Size("torch", "2.13", 900_000_000), Size("numpy", "2.4.6", 50_000_000)]
     with pytest.raises(PackagingError) as caught:
         layers.check(sizes, layers.MAX_UNZIPPED, "layers", "Use an image.")
     text = str(caught.value)
-    assert "950 MB unzipped, and layers may have 250 MB" in text
+    assert "950 MB unzipped, and layers may have 262 MB" in text  # Lambda's 250 MiB
     assert "torch 2.13 (900 MB), numpy 2.4.6 (50 MB)" in text
     assert text.endswith("Use an image.")
     layers.check(sizes[1:], layers.MAX_UNZIPPED, "layers", "")

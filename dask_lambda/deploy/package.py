@@ -164,6 +164,7 @@ def build(
         every = environment.everything(environment.all_installed(), where) if everything else []
         wanted = [r for r in [*asked, *every] if environment.name_of(r) not in unwanted]
         jobs.append(_Job(each, where, wanted, parent))
+    _check_left_out(unwanted, jobs[0].resolved)
     if (
         len(jobs) == 2
         and (there := jobs[1].find())
@@ -186,6 +187,20 @@ def _unwanted(names: Sequence[str]) -> set[str]:
     if needed := sorted(unwanted & environment.INDISPENSABLE):
         raise PackagingError(f"no worker starts without {', '.join(needed)}")
     return unwanted
+
+
+def _check_left_out(unwanted: Collection[str], resolved: environment.Resolved) -> None:
+    """Refuse to leave out what will be there all the same, and what nobody knows."""
+    for name in sorted(unwanted):
+        if name in resolved.packages:
+            raise PackagingError(
+                f"{name} is to be left out, but is needed by "
+                f"{', '.join(sorted(resolved.needed_by[name]))}: leave that out, too"
+            )
+        if environment.find_installed(name) is None:
+            raise PackagingError(
+                f"{name} is to be left out, but is not installed here: check the name"
+            )
 
 
 class _TooLarge(PackagingError):
