@@ -196,8 +196,8 @@ class LocalAWS:
         logger.log(
             log_level,
             "started an embedded AWS (S3 and Lambda in processes of this machine) at %s with %d "
-            "concurrent invocations; to use real AWS, configure a function: "
-            "dask.config.set({'dask-lambda.function': ...})",
+            "concurrent invocations; to use real AWS: `dask-lambda deploy`, or configure a "
+            "function and a bucket of yours (dask-lambda.function, dask-lambda.bucket)",
             aws.endpoint_url,
             aws.concurrency,
         )

@@ -114,3 +114,10 @@ def test_following_says_each_line_once() -> None:
 def test_lines_are_told_apart(text: str, platform: bool, record: bool) -> None:
     line = Line("f", "s", 0, text)
     assert (line.is_platform, line.record is not None) == (platform, record)
+
+
+def test_a_line_of_no_run_says_so():
+    record = {"run": None, "request": "r", "milliseconds": 0.25}
+    shown = _as_text(Line("f", "s", 0, json.dumps(record)))
+    assert "no run" in shown
+    assert "None" not in shown

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from dask_lambda.deploy import elf, image, layers, package, trim, wheels
 from dask_lambda.deploy.environment import (
+    WORKER,
     Installed,
     digest,
     everything,
@@ -31,6 +33,7 @@ from dask_lambda.deploy.environment import (
 from dask_lambda.deploy.layers import MAX_LAYERS, Size
 from dask_lambda.deploy.platforms import Platform
 from dask_lambda.errors import PackagingError
+from lambda_worker.environment import FILE
 from tests.runtime_api import HERE
 
 LINUX = Platform("3.12", "x86_64", (2, 34))
@@ -190,6 +193,18 @@ def test_environments_have_one_name_if_and_only_if_they_are_equal(one, other):
 def test_what_the_worker_imports_cannot_be_left_out(tmp_path, name):
     with pytest.raises(PackagingError, match=f"without {name.lower()}"):
         package.build(without=["scipy", name], cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        (["numpy"], "numpy is to be left out, but is needed by scipy: leave that out, too"),
+        (["scpiy"], "scpiy is to be left out, but is not installed here: check the name"),
+    ],
+)
+def test_what_would_not_be_left_out_is_said(tmp_path, without, said):
+    with pytest.raises(PackagingError, match=said):
+        package.build(without=without, cache=tmp_path)
 
 
 # -- what an installer says ----------------------------------------------------------------------
@@ -418,11 +433,11 @@ def test_another_content_gives_another_hash(tmp_path):
 
 
 def test_what_is_too_large_is_refused_with_what_takes_the_room():
-    sizes = [Size("torch", "2.13", 900 * 2**20), Size("numpy", "2.4.6", 50 * 2**20)]
+    sizes = [Size("torch", "2.13", 900_000_000), Size("numpy", "2.4.6", 50_000_000)]
     with pytest.raises(PackagingError) as caught:
         layers.check(sizes, layers.MAX_UNZIPPED, "layers", "Use an image.")
     text = str(caught.value)
-    assert "950 MB unzipped, and layers may have 250 MB" in text
+    assert "950 MB unzipped, and layers may have 262 MB" in text  # Lambda's 250 MiB
     assert "torch 2.13 (900 MB), numpy 2.4.6 (50 MB)" in text
     assert text.endswith("Use an image.")
     layers.check(sizes[1:], layers.MAX_UNZIPPED, "layers", "")
@@ -529,6 +544,35 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(wheels.NoWheelError):
         package.build(form="layers", platform=HERE, cache=tmp_path)
     assert list((tmp_path / "environments").iterdir()) == []
+
+
+@pytest.mark.parametrize("because", ["", "it is too large for layers"])
+def test_an_image_that_somebody_asked_for_does_not_keep_layers_from_being_tried(
+    tmp_path, monkeypatch, because
+):
+    job = package._Job("image", Platform.of_lambda(image=True), WORKER, tmp_path / "environments")
+    manifest = {
+        "digest": job.digest,
+        "form": "image",
+        "platform": dataclasses.asdict(job.platform),
+        "packages": job.packages,
+        "listed": [],
+        "layers": [],
+        "sizes": [],
+        "cuts": {},
+        "because": because,
+    }
+    files = {package.MANIFEST: json.dumps(manifest), f"{image.PACKAGES}/{FILE}": ""}
+    tree(job.parent / job.digest, files)
+    assert package.build(form="image", cache=tmp_path).because == because
+
+    # Layers cannot be built here, so that what is said shows whether they were tried.
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    found = package.build(cache=tmp_path)
+    assert (found.digest, found.fresh) == (job.digest, False)
+    assert found.because == because or "there is no wheel of" in found.because
+    assert found.because
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch):

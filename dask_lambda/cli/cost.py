@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COLUMNS = ("name", "status", "runs", "invocations", "GB-s", "USD", "stored", "USD a month")
 
 
-@click.command()
+@click.command(short_help="Say what kept runs cost, and what storing them costs.")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--no-storage", is_flag=True, help="Do not ask S3 how much is stored.")
 @as_json

@@ -76,7 +76,7 @@ def env() -> None:
     """Build, or look at, the packages that workers run."""
 
 
-@env.command()
+@env.command(short_help="Build them as `deploy` would; nothing is uploaded.")
 @choice_of_packages
 @click.option(
     "--form",
@@ -103,7 +103,7 @@ def build(form: str, as_json: bool, **given: Any) -> None:
         click.echo(f"the recipe of the container image: {recipe}")
 
 
-@env.command()
+@env.command(short_help="List what was built here, or show one.")
 @click.argument("environment", required=False)
 @as_json
 def show(environment: str | None, as_json: bool) -> None:

@@ -23,7 +23,7 @@ JUST_DEPLOYED, PATIENCE = 120.0, 30.0
 SIGNS = {"passed": "ok", "warning": "!!", "failed": "FAILED", "skipped": "--"}
 
 
-@click.command()
+@click.command(short_help="Run a function in Lambda: where, and how fast.")
 @as_json
 def hello(as_json: bool) -> None:
     """Run a function in Lambda: say where it ran, and how long it took."""
@@ -46,7 +46,7 @@ def hello(as_json: bool) -> None:
     click.echo(f"  cost           ${said.cost_usd:.7f}")
 
 
-@click.command()
+@click.command(short_help="Say what is in the way, and what to do.")
 @region
 @as_json
 @click.pass_context
@@ -76,7 +76,7 @@ def doctor(context: click.Context, region: str | None, as_json: bool) -> None:
     context.exit(1 if failed else 0)
 
 
-@click.command()
+@click.command(short_help="Print what the functions have logged.")
 @click.option("--run", metavar="ID", help="Only lines that name this run.")
 @click.option("--since", default="1h", show_default=True, metavar="TIME", help="30m, 12h, 2d.")
 @click.option("--follow", is_flag=True, help="Go on until Ctrl-C.")
@@ -155,8 +155,10 @@ def _as_text(line: Line) -> str:
     if record is None:
         return f"{when}  {_plain(line.text)}"
     groups = record.get("groups", 0)
+    run = record["run"]
+    who = "no run" if run is None else f"run {_plain(str(run))}"  # of `doctor`, or of `warm`
     text = (
-        f"run {_plain(str(record['run']))}  {record.get('milliseconds', 0):8.1f} ms  "
+        f"{who:36}  {record.get('milliseconds', 0):8.1f} ms  "
         f"{groups} {'group' if groups == 1 else 'groups'}"
     )
     if record.get("cold"):

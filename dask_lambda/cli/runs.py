@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from dask_lambda.kept_runs import KeptRun
 
 
-@click.group()
+@click.group(short_help="Look at, or delete, kept runs and saved collections.")
 def runs() -> None:
     """Look at, or delete, what was computed with `resume` or `keep`, or saved."""
 
 
-@runs.command(name="list")
+@runs.command(name="list", short_help="List those of this user on this machine.")
 @as_json
 def list_runs(as_json: bool) -> None:
     """List the kept runs, and saved collections, of this user on this machine."""
@@ -40,7 +40,7 @@ def list_runs(as_json: bool) -> None:
         click.echo(f"{each['name']:24} {each['status']:8} {_holds(each):30} {each['used']}{what}")
 
 
-@runs.command()
+@runs.command(short_help="Show one: what it has in S3, and what that costs.")
 @click.argument("name")
 @as_json
 def show(name: str, as_json: bool) -> None:
@@ -58,7 +58,7 @@ def show(name: str, as_json: bool) -> None:
         click.echo(f"  {'storage':9} ${found['usd_per_month']:.4f} a month")
 
 
-@runs.command()
+@runs.command(short_help="Delete one: its objects in S3 and its record here.")
 @click.argument("name")
 @yes
 @as_json

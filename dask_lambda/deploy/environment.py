@@ -75,11 +75,14 @@ class Resolved:
         Those that were asked for.
     missing : tuple of str
         Requirements that nothing installed here fulfils.
+    needed_by : dict
+        Canonical name to those of the packages that require it.
     """
 
     packages: Mapping[str, str]
     listed: frozenset[str]
     missing: tuple[str, ...] = field(default=())
+    needed_by: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def resolve(
@@ -105,6 +108,7 @@ def resolve(
     packages: dict[str, str] = {}
     listed: set[str] = set()
     missing: dict[str, None] = {}
+    needed_by: dict[str, set[str]] = {}
     waiting: list[Requirement] = []
     for asked in map(_parsed, requirements):
         if _holds(asked, platform):
@@ -127,8 +131,16 @@ def resolve(
         if (name, extras) in seen:
             continue
         seen.add((name, extras))
-        waiting += [each for each in _readable(package) if _holds(each, platform, extras)]
-    return Resolved(dict(sorted(packages.items())), frozenset(listed), tuple(sorted(missing)))
+        for each in _readable(package):
+            if _holds(each, platform, extras):
+                needed_by.setdefault(normal_name(each.name), set()).add(name)
+                waiting.append(each)
+    return Resolved(
+        dict(sorted(packages.items())),
+        frozenset(listed),
+        tuple(sorted(missing)),
+        {name: frozenset(others) for name, others in needed_by.items()},
+    )
 
 
 def digest(packages: Mapping[str, str], platform: Platform, version: int) -> str:

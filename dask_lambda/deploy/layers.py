@@ -126,9 +126,9 @@ def check(sizes: Sequence[Size], limit: int, what: str, advice: str) -> None:
         return
     largest = sorted(sizes, key=lambda size: -size.nbytes)[:8]
     raise PackagingError(
-        f"the packages take {total / 2**20:,.0f} MB unzipped, and {what} may have "
-        f"{limit / 2**20:,.0f} MB. The largest are "
-        + ", ".join(f"{s.name} {s.version} ({s.nbytes / 2**20:,.0f} MB)" for s in largest)
+        f"the packages take {total / 1e6:,.0f} MB unzipped, and {what} may have "
+        f"{limit / 1e6:,.0f} MB. The largest are "
+        + ", ".join(f"{s.name} {s.version} ({s.nbytes / 1e6:,.0f} MB)" for s in largest)
         + f". {advice}"
     )
 

@@ -147,6 +147,11 @@ def build(
     PackagingError
         If it cannot be built; it says which package is to blame and what to do.
     """
+    if platform is not None and platform.python != _this_python():  # before the index is asked
+        raise PackagingError(
+            f"workers with Python {platform.python} cannot be built with Python "
+            f"{_this_python()}: both sides must have the same"
+        )
     unwanted = _unwanted(without)
     asked = [*environment.WORKER, *packages]
     if requirements is not None:
@@ -159,14 +164,22 @@ def build(
         every = environment.everything(environment.all_installed(), where) if everything else []
         wanted = [r for r in [*asked, *every] if environment.name_of(r) not in unwanted]
         jobs.append(_Job(each, where, wanted, parent))
-    if len(jobs) == 2 and (there := jobs[1].find()) and not jobs[0].find():
-        return there  # so layers were tried before
+    _check_left_out(unwanted, jobs[0].resolved)
+    if (
+        len(jobs) == 2
+        and (there := jobs[1].find())
+        and there.because  # layers were tried before; else somebody has asked for an image
+        and not jobs[0].find()
+    ):
+        return there
     for job in jobs[:-1]:
         try:
             return job.find() or job.run()
         except (wheels.NoWheelError, _TooLarge) as error:
             jobs[-1].because = str(error)
-    return jobs[-1].find() or jobs[-1].run()
+    if found := jobs[-1].find():
+        return dataclasses.replace(found, because=jobs[-1].because or found.because)
+    return jobs[-1].run()
 
 
 def _unwanted(names: Sequence[str]) -> set[str]:
@@ -174,6 +187,20 @@ def _unwanted(names: Sequence[str]) -> set[str]:
     if needed := sorted(unwanted & environment.INDISPENSABLE):
         raise PackagingError(f"no worker starts without {', '.join(needed)}")
     return unwanted
+
+
+def _check_left_out(unwanted: Collection[str], resolved: environment.Resolved) -> None:
+    """Refuse to leave out what will be there all the same, and what nobody knows."""
+    for name in sorted(unwanted):
+        if name in resolved.packages:
+            raise PackagingError(
+                f"{name} is to be left out, but is needed by "
+                f"{', '.join(sorted(resolved.needed_by[name]))}: leave that out, too"
+            )
+        if environment.find_installed(name) is None:
+            raise PackagingError(
+                f"{name} is to be left out, but is not installed here: check the name"
+            )
 
 
 class _TooLarge(PackagingError):
@@ -213,11 +240,6 @@ class _Job:
 
     def run(self) -> Package:
         """Build it."""
-        if self.platform.python != _this_python():
-            raise PackagingError(
-                f"workers with Python {self.platform.python} cannot be built with Python "
-                f"{_this_python()}: both sides must have the same"
-            )
         try:
             self.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.parent)
