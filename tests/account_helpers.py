@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dask_lambda.deploy import artifact, deployment
+from dask_lambda.deploy import artifact, deployment, status
 from dask_lambda.deploy.artifact import Archive, Layer, Package
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.deployment import Deployed, Prepared
@@ -64,7 +64,7 @@ def briefly(seconds: float) -> None:
 
 
 def remove(account: Account, name: str = "dask-lambda", *, kept: bool = True) -> list[str]:
-    return destroy(prepare_removal(account, deployment.known(account, name), kept=kept))
+    return destroy(prepare_removal(account, status.known(account, name), kept=kept))
 
 
 def verbs(prepared: Prepared) -> set[str]:

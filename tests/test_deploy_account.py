@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dask_lambda.deploy import deployment, record
+from dask_lambda.deploy import deployment, record, status
 from dask_lambda.deploy.artifact import Package
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.calls import Step
@@ -203,9 +203,9 @@ def test_without_one_permission_it_says_which_and_goes_on_later(
 
 def test_what_broke_off_is_removed_by_destroy(account: Account, package: Package) -> None:
     answer_with(account, "s3", "PutBucketTagging", "AccessDenied", "Access Denied", status=403)
-    with pytest.raises(DeploymentError):
+    with pytest.raises(DeploymentError, match=r"done so far: create bucket .*, 1 of \d calls"):
         deploy(account, package)
-    state = deployment.state_of(account, "dask-lambda")
+    state = status.state_of(account, "dask-lambda")
     assert state.exists
     assert any("did not come to its end" in each for each in state.remarks)
     before = inventory(account)
@@ -219,12 +219,12 @@ def test_what_was_interrupted_goes_on(account: Account, package: Package) -> Non
         if step.kind == "function":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"(?s)function.*done so far: create bucket .*role"):
         deployment.deploy(prepare(account, package), interrupt, sleep=briefly)
     assert {step.kind for step in prepare(account, package).changes} == {"function"}
-    assert deployment.state_of(account, "dask-lambda").remarks
+    assert status.state_of(account, "dask-lambda").remarks
     deploy(account, package)
-    assert not deployment.state_of(account, "dask-lambda").remarks
+    assert not status.state_of(account, "dask-lambda").remarks
 
 
 def test_a_removal_that_broke_off_goes_on(account: Account, package: Package) -> None:
@@ -233,9 +233,10 @@ def test_a_removal_that_broke_off_goes_on(account: Account, package: Package) ->
     answer_with(account, "iam", "DeleteRole", "AccessDenied", message, status=403)
     with pytest.raises(DeploymentError, match=r"could not delete role .*iam:DeleteRole on arn"):
         remove(account)
-    state = deployment.state_of(account, "dask-lambda")
+    state = status.state_of(account, "dask-lambda")
     assert state.exists
     assert {each.state for each in state.functions} == {"missing"}
+    assert any("`dask-lambda destroy` did not come to its end" in each for each in state.remarks)
     assert remove(account) == []
 
 
@@ -257,7 +258,7 @@ def test_a_new_account_gets_the_functions_that_it_may_have(
     assert step.name == "dask-lambda-10240"
     assert "3008" in why
     assert record.configuration(done.record)["larger-functions"] == {}
-    assert not deployment.state_of(account, "dask-lambda").remarks
+    assert not status.state_of(account, "dask-lambda").remarks
 
 
 def test_few_concurrent_executions_are_said(account: Account, package: Package) -> None:

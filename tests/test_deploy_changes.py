@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dask_lambda import kept_runs, lifecycle
-from dask_lambda.deploy import artifact, deployment, record
+from dask_lambda.deploy import artifact, deployment, record, status
 from dask_lambda.deploy.artifact import Layer, Package
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.destroy import destroy, prepare_removal
@@ -63,16 +63,16 @@ def test_what_somebody_changed_by_hand_is_said_and_mended(
     account.call("s3", "DeleteBucketLifecycle", Bucket=done.record.bucket)
     account.call("logs", "DeleteLogGroup", logGroupName=done.record.names.log_groups[0])
 
-    remarks = "\n".join(deployment.state_of(account, "dask-lambda").remarks)
+    remarks = "\n".join(status.state_of(account, "dask-lambda").remarks)
     assert f"{name}: MemorySize: 2048, to be 1769" in remarks
     assert f"{name}: Environment PYTHONHASHSEED: 0, to be 6640" in remarks
     assert f"{name}: Environment X: 1, to be null" in remarks
     assert "its code is not the one that was deployed" in remarks
-    assert "has no rules" in remarks
+    assert "left behind is deleted never, to be after 7 days" in remarks
     assert "is missing: nothing is logged" in remarks
 
     deploy(account, package)
-    assert deployment.state_of(account, "dask-lambda").remarks == []
+    assert status.state_of(account, "dask-lambda").remarks == []
     assert verbs(prepare(account, package)) == {"keep"}
 
 
@@ -106,6 +106,18 @@ def test_a_role_and_a_bucket_that_were_changed_are_mended(
     theirs["Resource"] = f"arn:aws:s3:::{bucket}"
     theirs_only = json.dumps({"Version": "2012-10-17", "Statement": [theirs]})
     account.call("s3", "PutBucketPolicy", Bucket=bucket, Policy=theirs_only)
+    group = done.record.names.log_groups[0]
+    account.call("logs", "PutRetentionPolicy", logGroupName=group, retentionInDays=3)
+    state = status.state_of(account, "dask-lambda")
+    assert set(state.remarks) == {
+        f"the role {role}: its policy is another one",
+        f"the bucket {bucket}: versioning is on",
+        f"the bucket {bucket}: public access is not blocked",
+        f"the log group {group}: lines are kept 3 days, to be 14 days",
+    }
+    (foreign,) = state.foreign
+    assert f"the role {role} has a policy that is not this deployment's, more" in foreign
+
     prepared = prepare(account, package)
     said = {step.kind: "; ".join(step.why) for step in prepared.steps}
     assert "versioning is on" in said["bucket"]
@@ -114,6 +126,24 @@ def test_a_role_and_a_bucket_that_were_changed_are_mended(
     assert "other policies as well, which stay: more" in said["role"]
     deployment.deploy(prepared, sleep=briefly)
     assert verbs(prepare(account, package)) == {"keep"}
+    state = status.state_of(account, "dask-lambda")
+    assert (state.remarks, state.foreign) == ([], [foreign])
+
+
+def test_the_users_own_bucket_is_as_it_was_but_for_the_rules(
+    account: Account, package: Package
+) -> None:
+    account.call("s3", "CreateBucket", Bucket="users-own")
+    try:
+        deploy(account, package, Options(bucket="users-own", memory=(1769,)))
+        state = status.state_of(account, "dask-lambda")
+        assert (state.remarks, state.foreign) == ([], [])  # whatever else it lacks is theirs
+        account.call("s3", "DeleteBucketLifecycle", Bucket="users-own")
+        (remark,) = status.state_of(account, "dask-lambda").remarks
+        assert "the bucket users-own: what is left behind is deleted never" in remark
+    finally:
+        remove(account)
+        account.call("s3", "DeleteBucket", Bucket="users-own")
 
 
 def test_other_options_change_what_is_there(account: Account, package: Package) -> None:
@@ -303,7 +333,7 @@ def test_without_the_record_it_is_found_by_its_tags(
 ) -> None:
     done = deploy(account, package, TWO)
     shutil.rmtree(tmp_path / "state" / "deployments")
-    state = deployment.state_of(account, "dask-lambda")
+    state = status.state_of(account, "dask-lambda")
     assert [each.state for each in state.functions] == ["Active", "Active"]
     assert verbs(prepare(account, package, TWO)) == {"keep"}
     assert remove(account) == []
@@ -319,7 +349,7 @@ def test_without_the_record_a_bucket_of_the_users_own_can_be_named(
         deploy(account, package, Options(bucket="users-own", memory=(1769,)))
         account.call("s3", "PutObject", **bucket, Key="3/dask-lambda/run/a", Body=b"x")
         shutil.rmtree(tmp_path / "state" / "deployments")
-        known = deployment.known(account, "dask-lambda", "users-own")
+        known = status.known(account, "dask-lambda", "users-own")
         assert destroy(prepare_removal(account, known, kept=False)) == [
             "bucket users-own: it is your own"
         ]

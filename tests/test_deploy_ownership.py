@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dask_lambda.deploy import deployment, record
+from dask_lambda.deploy import record, status
 from dask_lambda.deploy.artifact import Package
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.destroy import prepare_removal
@@ -134,7 +134,7 @@ def test_a_deployment_that_does_not_exist_has_no_objects_in_a_bucket_that_is_nam
         deploy(account, package)  # in a bucket of its own
         (Path(record.find("dask-lambda")[0].path)).unlink()
         for name in ("misspelt", "dask-lambda"):
-            known = deployment.known(account, name, bucket["Bucket"])
+            known = status.known(account, name, bucket["Bucket"])
             removal = prepare_removal(account, known, kept=True)
             touched = [step for step in removal.steps if step.calls and "bucket" in step.kind]
             assert not touched

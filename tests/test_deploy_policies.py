@@ -16,14 +16,14 @@ import pytest
 
 import dask_lambda
 from dask_lambda.config import Settings
-from dask_lambda.deploy import artifact, deployment, policies
+from dask_lambda.deploy import artifact, deployment, policies, status
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.destroy import destroy, prepare_removal
 from dask_lambda.deploy.doctor import examine
 from dask_lambda.deploy.hello import hello
 from dask_lambda.deploy.naming import Names, Where, bucket_name
 from dask_lambda.deploy.record import Record, configuration
-from dask_lambda.deploy.resources import MAX_SIZES, Options
+from dask_lambda.deploy.resources import MAX_SIZES, Options, names_of
 from dask_lambda.errors import AccessDeniedError, DaskLambdaError
 from dask_lambda.local import LocalAWS
 
@@ -356,7 +356,7 @@ def test_whoever_has_the_policy_for_deploying_can_deploy_and_remove(
 ) -> None:
     options = Options("by-person", memory=(1769,))
     package = artifact.worker_only()
-    names = deployment.names_of(options, account.where)
+    names = names_of(options, account.where)
     whole = with_what_the_embedded_aws_asks_for_everywhere(policies.deployer(names))
 
     person.may(without(whole, "Role"))
@@ -367,9 +367,9 @@ def test_whoever_has_the_policy_for_deploying_can_deploy_and_remove(
     person.may(whole)
     theirs = Account.open("us-east-1", account.endpoint_url)
     done = deployment.deploy(deployment.prepare(theirs, options, package, "1.0"))
-    assert not deployment.state_of(theirs, options.name).remarks
+    assert not status.state_of(theirs, options.name).remarks
     destroy(prepare_removal(theirs, done.record, kept=False))
-    assert not deployment.state_of(account, options.name).exists
+    assert not status.state_of(account, options.name).exists
 
 
 @pytest.mark.local
@@ -378,7 +378,7 @@ def test_with_snapshots_the_printed_policies_are_enough_and_for_the_alias(
 ) -> None:
     options = Options("by-alias", memory=(1769,), snapstart=True)
     package = replace(artifact.worker_only(), runtime="python3.12")
-    names = deployment.names_of(options, account.where)
+    names = names_of(options, account.where)
     may_deploy = with_what_the_embedded_aws_asks_for_everywhere(policies.deployer(names))
 
     person.may(may_deploy)
@@ -397,4 +397,4 @@ def test_with_snapshots_the_printed_policies_are_enough_and_for_the_alias(
     theirs = Account.open("us-east-1", account.endpoint_url)
     without_it = deployment.prepare(theirs, replace(options, snapstart=False), package, "1.0")
     destroy(prepare_removal(theirs, deployment.deploy(without_it).record, kept=False))
-    assert not deployment.state_of(account, options.name).exists
+    assert not status.state_of(account, options.name).exists

@@ -16,7 +16,7 @@ import dask.array as da
 import pytest
 
 import dask_lambda
-from dask_lambda.deploy import artifact, cloudformation, deployment, policies, record
+from dask_lambda.deploy import artifact, cloudformation, policies, record, status
 from dask_lambda.deploy.artifact import Archive, Package
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.deployment import Prepared
@@ -99,7 +99,7 @@ def test_it_is_called_through_the_alias_of_a_version(
         assert (x @ x).sum().compute(scheduler=scheduler) == 40 * 40 * 40
 
     assert verbs(prepare(account, package, SNAPSTART)) == {"keep"}
-    state = deployment.state_of(account, "dask-lambda")
+    state = status.state_of(account, "dask-lambda")
     assert state.remarks == []
     assert [each.snapshot for each in state.functions] == ["Active"]
 
@@ -162,20 +162,20 @@ def test_an_alias_that_is_gone_or_means_something_else_is_said_and_mended(
     deploy(account, package, SNAPSTART)
     alias = {"FunctionName": NAME, "Name": "snapstart"}
     account.call("lambda", "DeleteAlias", **alias)
-    (remark,) = deployment.state_of(account, "dask-lambda").remarks
+    (remark,) = status.state_of(account, "dask-lambda").remarks
     assert remark == f"{NAME}: nothing has its alias 'snapstart', by which it is called"
     deploy(account, package, SNAPSTART)
-    assert deployment.state_of(account, "dask-lambda").remarks == []
+    assert status.state_of(account, "dask-lambda").remarks == []
     assert len(versions(account)) == 1
 
     account.call("lambda", "UpdateFunctionConfiguration", FunctionName=NAME, Timeout=7)
     other = account.call("lambda", "PublishVersion", FunctionName=NAME)["Version"]
     account.call("lambda", "UpdateAlias", **alias, FunctionVersion=other)
-    remarks = "\n".join(deployment.state_of(account, "dask-lambda").remarks)
+    remarks = "\n".join(status.state_of(account, "dask-lambda").remarks)
     assert f"{NAME}: Timeout: 7, to be 900" in remarks
     assert "means another version of it than the one deployed" in remarks
     deploy(account, package, SNAPSTART)
-    assert deployment.state_of(account, "dask-lambda").remarks == []
+    assert status.state_of(account, "dask-lambda").remarks == []
     assert aliases(account)["snapstart"] != other
 
 
@@ -203,9 +203,7 @@ def test_a_snapshot_that_cannot_be_taken_is_an_error_and_leaves_the_old_one(
     with pytest.raises(DeploymentError, match="could not take a snapshot of .*no such thing"):
         deploy(account, broken, SNAPSTART)
     assert aliases(account) == {"snapstart": before}
-    assert "did not come to its end" in "\n".join(
-        deployment.state_of(account, "dask-lambda").remarks
-    )
+    assert "did not come to its end" in "\n".join(status.state_of(account, "dask-lambda").remarks)
     with pytest.raises(DeploymentError, match="no such thing"):  # it is tried again
         deploy(account, broken, SNAPSTART)
     deploy(account, package, SNAPSTART)
@@ -222,7 +220,7 @@ def test_a_snapshot_that_lambda_has_lost_is_taken_anew(account: Account, package
             answer["State"], answer["StateReason"] = "Failed", "it could not be restored"
 
     answer_as(account, "lambda", "GetFunctionConfiguration", lose)
-    (remark,) = deployment.state_of(account, "dask-lambda").remarks
+    (remark,) = status.state_of(account, "dask-lambda").remarks
     assert remark == f"{NAME}: Lambda has no snapshot of it: it could not be restored"
     deploy(account, package, SNAPSTART)
     (after,) = versions(account)

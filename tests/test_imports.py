@@ -62,7 +62,7 @@ ENGINE = [
 #: What is deployed to an account, likewise.  It stands beside the engine: nothing of the engine
 #: imports it, only the command line does.
 DEPLOY = [
-    *("doctor", "hello", "destroy", "deployment", "cloudformation"),
+    *("doctor", "hello", "status", "destroy", "deployment", "cloudformation"),
     *("record", "logs", "apply", "look", "plan", "function_plan", "snapshots", "differences"),
     *("aws", "calls", "seen", "resources", "policies", "naming", "artifact"),
 ]

@@ -21,6 +21,10 @@ class _Group(click.Group):
 
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            if str(interrupt):  # what was done so far
+                click.echo(str(interrupt), err=True)
+            raise
         except DaskLambdaError as error:
             raise click.ClickException(str(error)) from error
         except Exception as error:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from dask_lambda.deploy.artifact import Package, Recipe
     from dask_lambda.deploy.aws import Account
     from dask_lambda.deploy.calls import Step
-    from dask_lambda.deploy.deployment import Prepared, State
+    from dask_lambda.deploy.deployment import Prepared
     from dask_lambda.deploy.naming import Where
     from dask_lambda.deploy.resources import Blueprint
+    from dask_lambda.deploy.status import State
 
 #: Exit codes of ``status``.
 NOTHING_DEPLOYED = 3
@@ -173,7 +174,7 @@ def status(context: click.Context, /, as_json: bool, **given: Any) -> None:
 
     Exit code 0: as it was deployed; 3: nothing is; 4: something differs.
     """
-    from dask_lambda.deploy.deployment import state_of
+    from dask_lambda.deploy.status import state_of
 
     account = open_account(given["region"], given["endpoint_url"], given["name"])
     state = state_of(account, given["name"], given["bucket"])
@@ -181,7 +182,8 @@ def status(context: click.Context, /, as_json: bool, **given: Any) -> None:
         print_json(_describe(state))
     else:
         _print_state(state)
-    context.exit(NOTHING_DEPLOYED if not state.exists else DIFFERS if state.remarks else 0)
+    differs = state.remarks or state.foreign
+    context.exit(NOTHING_DEPLOYED if not state.exists else DIFFERS if differs else 0)
 
 
 @click.command()
@@ -197,11 +199,11 @@ def destroy(as_json: bool, yes: bool, kept: bool, **given: Any) -> None:
 
     A bucket of your own stays, with all that is not below our prefix.
     """
-    from dask_lambda.deploy import deployment
     from dask_lambda.deploy.destroy import destroy, prepare_removal
+    from dask_lambda.deploy.status import known
 
     account = open_account(given["region"], given["endpoint_url"], given["name"])
-    record = deployment.known(account, given["name"], given["bucket"])
+    record = known(account, given["name"], given["bucket"])
     removal = prepare_removal(account, record, kept=kept)
     doing = [step for step in removal.steps if step.calls]
     if not as_json:
@@ -403,6 +405,7 @@ def _describe(state: State) -> dict[str, Any]:
         "version": record.version or None,
         "concurrency": state.concurrency,
         "remarks": state.remarks,
+        "foreign": state.foreign,
     }
 
 
@@ -426,9 +429,11 @@ def _print_state(state: State) -> None:
         click.echo(f"  packages   {record.environment}  ({record.architecture})")
     if state.concurrency is not None:
         click.echo(f"  account    {state.concurrency:,} executions at a time")
-    for remark in state.remarks:
+    for remark in (*state.remarks, *state.foreign):
         click.echo(f"  ! {remark}")
-    if state.remarks:
+    if record.removing:
+        click.echo("dask-lambda destroy goes on with removing it, deploy puts it in order again")
+    elif state.remarks:
         click.echo("dask-lambda deploy puts it in order")
 
 

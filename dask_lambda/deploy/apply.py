@@ -112,23 +112,32 @@ class Applier:
         ------
         DeploymentError
             One could not be taken; the message says which, and what was done before.
+        KeyboardInterrupt
+            With what was done before.
         """
         for step in steps:
             missing = {each.name for each, _ in self.applied.left_out}
             if not step.calls or step.after in missing:
                 continue
-            self._tell(step)
+            made = 0
             try:
+                self._tell(step)
                 for call in step.calls:
                     if isinstance(call, Push):
                         self._push(call)
                     else:
                         self.make(call)
+                    made += 1
             except Exception as error:
                 if step.optional and step.optional in str(error):
                     self.applied.left_out.append((step, str(error)))
                     continue
-                raise self._failed(step, error) from error
+                raise DeploymentError(
+                    f"could not {step}: {_meaning(error)}\n{self._so_far(step, made)}"
+                ) from error
+            except KeyboardInterrupt:
+                said = f"interrupted: {step}\n{self._so_far(step, made)}"
+                raise KeyboardInterrupt(said) from None
             self.applied.done.append(step)
         return self.applied
 
@@ -246,23 +255,29 @@ class Applier:
 
     # -- what went wrong -------------------------------------------------------------------------
 
-    def _failed(self, step: Step, error: Exception) -> DeploymentError:
-        from botocore.exceptions import ClientError
-
-        if isinstance(error, ClientError):
-            code = code_of(error)
-            message = error.response.get("Error", {}).get("Message", "")
-            what = MEANINGS.get(code) or f"{code}: {message}"
-        elif isinstance(error, DaskLambdaError):
-            what = str(error)
-        else:
-            what = f"{type(error).__name__}: {error}"
+    def _so_far(self, step: Step, made: int) -> str:
+        """Say what was done, of all steps and of the one that is not through."""
         done = [str(each) for each in self.applied.done]
-        so_far = f"done so far: {'; '.join(done)}" if done else "nothing was done before"
-        return DeploymentError(
-            f"could not {step}: {what}\n{so_far}.\nThe same command goes on from there; "
-            "`dask-lambda destroy` removes what was made."
+        if made:
+            done.append(f"{step}, {made} of {len(step.calls)} calls")
+        said = f"done so far: {'; '.join(done)}" if done else "nothing was done before"
+        return (
+            f"{said}.\nThe same command goes on from there; `dask-lambda destroy` removes what was "
+            "made."
         )
+
+
+def _meaning(error: Exception) -> str:
+    """Return what an error means to a user."""
+    from botocore.exceptions import ClientError
+
+    if isinstance(error, ClientError):
+        code = code_of(error)
+        message = error.response.get("Error", {}).get("Message", "")
+        return MEANINGS.get(code) or f"{code}: {message}"
+    if isinstance(error, DaskLambdaError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _passes(error: Any) -> bool:

@@ -1,6 +1,6 @@
 """A CloudFormation template that creates what ``deploy`` does, for an administrator.  Pure.
 
-May import: resources, calls' constants in plan, naming, record's names, lifecycle.
+May import: resources, snapshots' names, artifact.
 
 A template cannot hold zip files: they are written beside it, under names that are their hashes, and
 the one who creates the stack puts them into a bucket first.
@@ -15,8 +15,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dask_lambda.deploy.artifact import Archive
-from dask_lambda.deploy.plan import BLOCK_PUBLIC_ACCESS, ENCRYPTION
-from dask_lambda.deploy.resources import ROLE_POLICY, Blueprint, FunctionSpec
+from dask_lambda.deploy.resources import (
+    BLOCK_PUBLIC_ACCESS,
+    ENCRYPTION,
+    ROLE_POLICY,
+    Blueprint,
+    FunctionSpec,
+)
 from dask_lambda.deploy.snapshots import DESCRIPTION
 
 Template = dict[str, Any]

@@ -1,6 +1,6 @@
 """Removing exactly what ``deploy`` has made.
 
-May import: aws, apply, calls, deployment, look, plan, policies, record, resources' names, seen,
+May import: aws, apply, calls, differences, look, plan, policies, record, resources' names, seen,
 cleaning, kept_runs, errors.
 
 What is ours is known by its tag, a bucket that was never tagged by the record.  A bucket of the
@@ -20,12 +20,12 @@ from dask_lambda.deploy import record as records
 from dask_lambda.deploy.apply import Applier
 from dask_lambda.deploy.aws import Account
 from dask_lambda.deploy.calls import Call, Step
+from dask_lambda.deploy.differences import lifecycle_call
 from dask_lambda.deploy.function_plan import delete_function, delete_layer
 from dask_lambda.deploy.look import look
 from dask_lambda.deploy.plan import (
     delete_log_group,
     delete_repository,
-    lifecycle_call,
     logs_are_ours,
 )
 from dask_lambda.deploy.policies import normal
@@ -145,6 +145,9 @@ def destroy(
         Something could not be removed; the same command goes on.
     """
     record = removal.record
+    if record.path.exists():
+        record.removing = True
+        record.write()
     Applier(removal.account, tell, sleep, clock).run(removal.steps)
     deleted = {step.kind for step in removal.steps if step.calls}
     if "kept runs" in deleted:

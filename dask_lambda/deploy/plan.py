@@ -1,6 +1,6 @@
 """Which API calls lead from what there is to what is to exist.  Pure.
 
-May import: function_plan, differences, calls, naming, policies, resources, seen, lifecycle, errors.
+May import: function_plan, differences, calls, naming, policies, resources, seen, errors.
 
 A plan is made anew each time from what is there, so whatever broke off half-way goes on where it
 broke off, and a second ``deploy`` has nothing to do.
@@ -12,13 +12,17 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from dask_lambda import lifecycle
 from dask_lambda.deploy import policies
 from dask_lambda.deploy.calls import Call, Push, Step
 from dask_lambda.deploy.differences import (
+    bucket_differences,
     changed,
+    log_group_differences,
     missing_tags,
-    same_document,
+    other_policies,
+    put_policy,
+    put_retention,
+    role_differences,
     tag_list,
     tags_differ,
     taken,
@@ -32,7 +36,6 @@ from dask_lambda.deploy.function_plan import (
 )
 from dask_lambda.deploy.naming import LOGS, size_of
 from dask_lambda.deploy.resources import (
-    ROLE_POLICY,
     Blueprint,
     BucketSpec,
     LogGroupSpec,
@@ -53,21 +56,6 @@ from dask_lambda.errors import BucketNotFoundError, ConfigurationError
 US_EAST_1 = "us-east-1"
 #: That ECR deletes with one call (its API: BatchDeleteImage).
 MAX_IMAGES = 100
-
-BLOCK_PUBLIC_ACCESS = {
-    "BlockPublicAcls": True,
-    "IgnorePublicAcls": True,
-    "BlockPublicPolicy": True,
-    "RestrictPublicBuckets": True,
-}
-ENCRYPTION = {
-    "Rules": [
-        {
-            "ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"},
-            "BucketKeyEnabled": False,
-        }
-    ]
-}
 
 
 def plan(wanted: Blueprint, seen: Seen, *, begun: Collection[str] = ()) -> list[Step]:
@@ -199,7 +187,7 @@ def _bucket(wanted: Blueprint, seen: SeenBucket | None, begun: Collection[str]) 
         return
     if not is_ours(seen, wanted.options.name) and spec.name not in begun:
         raise taken("bucket", spec.name, "give it as --bucket to use it as your own")
-    found = list(_bucket_differences(spec, seen))
+    found = list(bucket_differences(spec, seen))
     yield changed("bucket", spec.name, [why for why, _ in found], [call for _, call in found])
 
 
@@ -210,55 +198,13 @@ def _create_bucket(spec: BucketSpec, region: str) -> list[Call]:
     nothing = SeenBucket(spec.name, region, encrypted=False)
     return [
         Call("s3", "CreateBucket", {"Bucket": spec.name, **place}, "bucket"),
-        *(call for _, call in _bucket_differences(spec, nothing)),
+        *(call for _, call in bucket_differences(spec, nothing)),
     ]
-
-
-def _bucket_differences(spec: BucketSpec, seen: SeenBucket) -> Iterator[tuple[str, Call]]:
-    where = {"Bucket": spec.name}
-    if missing := missing_tags(spec.tags, seen.tags):
-        tags = {**seen.tags, **spec.tags}  # the call replaces all tags
-        yield (
-            tags_differ(missing),
-            Call("s3", "PutBucketTagging", {**where, "Tagging": {"TagSet": tag_list(tags)}}),
-        )
-    if not seen.public_blocked:
-        block = {"PublicAccessBlockConfiguration": BLOCK_PUBLIC_ACCESS}
-        yield "public access is not blocked", Call("s3", "PutPublicAccessBlock", {**where, **block})
-    if not seen.encrypted:
-        rule = {"ServerSideEncryptionConfiguration": ENCRYPTION}
-        yield "no encryption is set", Call("s3", "PutBucketEncryption", {**where, **rule})
-    if seen.versioning == "Enabled":
-        off = {"VersioningConfiguration": {"Status": "Suspended"}}
-        yield "versioning is on", Call("s3", "PutBucketVersioning", {**where, **off})
-    if spec.policy is not None and not policies.contains(seen.policy, spec.policy):
-        policy = {"Policy": json.dumps(policies.joined(seen.policy, spec.policy))}
-        why = "requests without TLS are not refused"
-        yield why, Call("s3", "PutBucketPolicy", {**where, **policy})
-    yield from _lifecycle_differences(spec, seen)
-
-
-def _lifecycle_differences(spec: BucketSpec, seen: SeenBucket) -> Iterator[tuple[str, Call]]:
-    rules = seen.lifecycle.get("Rules", [])
-    days = lifecycle.days_of(rules, spec.prefix)
-    if days != spec.expire_days:
-        was = "never" if days is None else f"after {days} days"
-        yield (
-            f"what is left behind is deleted {was}, to be after {spec.expire_days} days",
-            lifecycle_call(
-                spec.name, lifecycle.merged(rules, spec.prefix, spec.expire_days), seen.lifecycle
-            ),
-        )
-
-
-def lifecycle_call(bucket: str, rules: list[lifecycle.Rule], before: Mapping[str, Any]) -> Call:
-    """Return the call that replaces all rules of a bucket."""
-    return Call("s3", *lifecycle.replacement(bucket, rules, before))
 
 
 def _users_bucket(spec: BucketSpec, seen: SeenBucket) -> Iterator[Step]:
     """Of a bucket of the user's own, only the rules for our prefix are ours to change."""
-    found = list(_lifecycle_differences(spec, seen))
+    found = list(bucket_differences(spec, seen))
     remarks = []
     if seen.versioning == "Enabled":
         remarks.append(
@@ -275,49 +221,24 @@ def _users_bucket(spec: BucketSpec, seen: SeenBucket) -> Iterator[Step]:
 
 def _role(spec: RoleSpec, seen: SeenRole | None, deployment: str) -> Step:
     name = {"RoleName": spec.name}
-    put = Call(
-        "iam",
-        "PutRolePolicy",
-        {**name, "PolicyName": ROLE_POLICY, "PolicyDocument": json.dumps(spec.policy)},
-    )
-    trust = json.dumps(spec.trust)
     if seen is None:
         boundary = {"PermissionsBoundary": spec.boundary} if spec.boundary else {}
         create = {
             **name,
-            "AssumeRolePolicyDocument": trust,
+            "AssumeRolePolicyDocument": json.dumps(spec.trust),
             "Description": "dask_lambda workers: their objects and their logs",
             "Tags": tag_list(spec.tags),
             **boundary,
         }
-        return Step(
-            "create", "role", spec.name, (), [Call("iam", "CreateRole", create, "role"), put]
-        )
+        calls = [Call("iam", "CreateRole", create, "role"), put_policy(spec)]
+        return Step("create", "role", spec.name, (), calls)
     if not is_ours(seen, deployment):
         raise taken("role", spec.name)
-    why: list[str] = []
-    calls: list[Call] = []
-    if not same_document(seen.trust, spec.trust):
-        why.append("others than Lambda may take it on, or Lambda may not")
-        calls.append(Call("iam", "UpdateAssumeRolePolicy", {**name, "PolicyDocument": trust}))
-    # Before its policy, which whoever deploys may change only of a role with the boundary.
-    if seen.boundary != spec.boundary:
-        why.append(f"its permissions boundary is {seen.boundary}, to be {spec.boundary}")
-        if spec.boundary:
-            more = {**name, "PermissionsBoundary": spec.boundary}
-            calls.append(Call("iam", "PutRolePermissionsBoundary", more))
-        else:
-            calls.append(Call("iam", "DeleteRolePermissionsBoundary", name))
-    if not same_document(seen.policies.get(ROLE_POLICY), spec.policy):
-        why.append("its policy is another one")
-        calls.append(put)
-    if missing := missing_tags(spec.tags, seen.tags):
-        why.append(tags_differ(missing))
-        calls.append(Call("iam", "TagRole", {**name, "Tags": tag_list(missing)}))
-    more_policies = [*sorted(set(seen.policies) - {ROLE_POLICY}), *seen.attached]
-    if more_policies:
-        why.append(f"it has other policies as well, which stay: {', '.join(more_policies)}")
-    return changed("role", spec.name, why, calls)
+    found = list(role_differences(spec, seen))
+    why = [each for each, _ in found]
+    if more := other_policies(seen):
+        why.append(f"it has other policies as well, which stay: {', '.join(more)}")
+    return changed("role", spec.name, why, [call for _, call in found])
 
 
 # -- log groups --------------------------------------------------------------------------------
@@ -326,23 +247,15 @@ def _role(spec: RoleSpec, seen: SeenRole | None, deployment: str) -> Step:
 def _log_group(wanted: Blueprint, spec: LogGroupSpec, seen: Seen) -> Step:
     found = seen.log_groups.get(spec.name)
     name = {"logGroupName": spec.name}
-    retention = Call("logs", "PutRetentionPolicy", {**name, "retentionInDays": spec.days})
     if found is None:
         create = Call("logs", "CreateLogGroup", {**name, "tags": dict(spec.tags)})
-        return Step("create", "log group", spec.name, (), [create, retention])
+        return Step("create", "log group", spec.name, (), [create, put_retention(spec)])
     if not logs_are_ours(found, seen, wanted.options.name):
         raise taken("log group", spec.name)
-    why: list[str] = []
-    calls: list[Call] = []
-    if found.days != spec.days:
-        was = "for ever" if found.days is None else f"{found.days} days"
-        why.append(f"lines are kept {was}, to be {spec.days} days")
-        calls.append(retention)
-    if missing := missing_tags(spec.tags, found.tags):
-        why.append(tags_differ(missing))
-        arn = wanted.names.log_group_arn(spec.name)
-        calls.append(Call("logs", "TagResource", {"resourceArn": arn, "tags": missing}))
-    return changed("log group", spec.name, why, calls)
+    arn = wanted.names.log_group_arn(spec.name)
+    differences = list(log_group_differences(spec, found, arn))
+    whys, calls = [why for why, _ in differences], [call for _, call in differences]
+    return changed("log group", spec.name, whys, calls)
 
 
 def logs_are_ours(found: SeenLogGroup, seen: Seen, deployment: str) -> bool:

@@ -57,6 +57,8 @@ class Record:
         What the user chose.
     complete : bool
         Whether the deployment went through to its end.
+    removing : bool
+        Whether its removal was begun.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Record:
     version: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
+    removing: bool = False
 
     @property
     def where(self) -> Where:

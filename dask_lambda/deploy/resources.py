@@ -35,6 +35,21 @@ RETENTIONS = (
 #: and Taipei.
 SNAPSHOT_PYTHON = (3, 12)
 NO_SNAPSHOTS = ("ap-southeast-6", "ap-east-2")
+#: Of the bucket.
+BLOCK_PUBLIC_ACCESS = {
+    "BlockPublicAcls": True,
+    "IgnorePublicAcls": True,
+    "BlockPublicPolicy": True,
+    "RestrictPublicBuckets": True,
+}
+ENCRYPTION = {
+    "Rules": [
+        {
+            "ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"},
+            "BucketKeyEnabled": False,
+        }
+    ]
+}
 #: The name of the role's policy in the role.
 ROLE_POLICY = "dask-lambda"
 #: Of str.__hash__ in all workers, so that tasks which partition strings agree (as distributed has).
@@ -132,6 +147,11 @@ class Options:
     def to_json(self) -> dict[str, Any]:
         """Return them for a record."""
         return {**asdict(self), "tags": dict(self.tags), "memory": list(self.memory)}
+
+    @classmethod
+    def from_json(cls, known: Mapping[str, Any]) -> Options:
+        """Return what :meth:`to_json` has given."""
+        return cls(**{**known, "memory": tuple(known["memory"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +290,7 @@ def blueprint(
             f"in {where.region}: Lambda takes images of its own region only"
         )
     names = names_of(options, where)
-    tags = {**options.tags, TAG: options.name, "dask-lambda:version": version}
+    tags = _tags(options, version)
     layers = tuple(
         LayerSpec(
             options.name,
@@ -300,27 +320,45 @@ def blueprint(
         options,
         names,
         package,
-        BucketSpec(
-            names.bucket,
-            options.bucket is None,
-            options.prefix,
-            options.expire_days,
-            tags,
-            policies.tls_only(names) if secure else None,
-        ),
-        RoleSpec(
-            names.role,
-            names.role_arn,
-            policies.trust(),
-            policies.execution(names, tracing=options.tracing),
-            options.boundary,
-            tags,
-        ),
-        tuple(LogGroupSpec(group, options.log_days, tags) for group in names.log_groups),
+        *surroundings(options, where, version=version, secure=secure),
         layers,
         functions,
         _repository(names, package, tags),
     )
+
+
+def surroundings(
+    options: Options, where: Where, *, version: str, secure: bool = True
+) -> tuple[BucketSpec, RoleSpec, tuple[LogGroupSpec, ...]]:
+    """Describe what functions need around them, whatever they run.
+
+    Parameters
+    ----------
+    options, where, version, secure
+        As of :func:`blueprint`.
+    """
+    names, tags = names_of(options, where), _tags(options, version)
+    bucket = BucketSpec(
+        names.bucket,
+        options.bucket is None,
+        options.prefix,
+        options.expire_days,
+        tags,
+        policies.tls_only(names) if secure else None,
+    )
+    role = RoleSpec(
+        names.role,
+        names.role_arn,
+        policies.trust(),
+        policies.execution(names, tracing=options.tracing),
+        options.boundary,
+        tags,
+    )
+    return bucket, role, tuple(LogGroupSpec(g, options.log_days, tags) for g in names.log_groups)
+
+
+def _tags(options: Options, version: str) -> dict[str, str]:
+    return {**options.tags, TAG: options.name, "dask-lambda:version": version}
 
 
 def _repository(names: Names, package: Package, tags: Mapping[str, str]) -> RepositorySpec | None:
