@@ -24,6 +24,7 @@ from dask_lambda.deploy.aws import Account, code_of
 from dask_lambda.deploy.deployment import FEW
 from dask_lambda.errors import AccessDeniedError, DaskLambdaError
 from lambda_worker import protocol
+from lambda_worker.environment import normal_name
 
 Result = Literal["passed", "warning", "failed", "skipped"]
 
@@ -164,16 +165,21 @@ def _functions(account: Account, settings: Settings) -> Iterator[Check]:
             yield Check(line, "failed", said, "dask-lambda deploy" if gone else "")
             continue
         yield Check(line, "passed", "you may invoke it")
-    yield _versions(account, settings.function)
+        yield _versions(account, name)
 
 
 def _versions(account: Account, name: str) -> Check:
-    """Ask the worker for its versions: it refuses a request without ours, and says its own."""
+    """Ask the worker for its versions: it refuses a request without ours, and says its own.
+
+    It compares the packages that are installed here, of which a run names those that are imported.
+    """
     from botocore.exceptions import ClientError
 
     line = f"versions in {name}"
+    installed = {normal_name(each.name): each.version for each in metadata.distributions()}
     try:
-        answer = account.call("lambda", "Invoke", FunctionName=name, Payload=b"{}")
+        payload = json.dumps({"packages": installed}).encode()
+        answer = account.call("lambda", "Invoke", FunctionName=name, Payload=payload)
         reply = json.loads(answer["Payload"].read())
     except (DaskLambdaError, ClientError) as error:
         return Check(line, "failed", str(error))
@@ -184,16 +190,22 @@ def _versions(account: Account, name: str) -> Check:
         return Check(line, "failed", f"it is no worker of ours: {said}", "dask-lambda deploy")
     theirs = {k: v for k, v in reply["refused"].items() if isinstance(v, str | int)}
     ours = {"protocol": protocol.PROTOCOL, **protocol.versions()}
-    different = [
-        f"{each} {theirs.get(each)}, here {ours[each]}"
-        for each in ours
-        if theirs.get(each) != ours[each]
-    ]
+    different = {each: (theirs.get(each), ours[each]) for each in ours}
+    different = {each: two for each, two in different.items() if two[0] != two[1]}
+    different |= reply["refused"].get("packages", {})
+    advice = "dask-lambda deploy puts this machine's versions there"
     if different:
-        advice = "dask-lambda deploy puts this machine's versions there"
-        return Check(line, "failed", "; ".join(different), advice)
+        return Check(line, "failed", _compared(different), advice)
+    if seldom := reply.get("differing"):
+        said = f"{_compared(seldom)}; it works, since this seldom matters"
+        return Check(line, "warning", said, advice)
     same = ", ".join(f"{each} {value}" for each, value in ours.items())
     return Check(line, "passed", f"the same as here: {same}")
+
+
+def _compared(versions: dict[str, Any]) -> str:
+    """Say what differs, of names to the worker's version and ours."""
+    return "; ".join(f"{each} {there}, here {here}" for each, (there, here) in versions.items())
 
 
 def _bucket(account: Account, settings: Settings) -> Iterator[Check]:
