@@ -99,7 +99,7 @@ class Settings:
         if self.compression == "zstd" and find_spec("zstandard") is None:
             raise ConfigurationError(
                 "dask-lambda.compression is 'zstd', but the package 'zstandard' is not installed: "
-                "install dask_lambda[compression], here and for the Lambda function"
+                "'pip install zstandard', and then 'dask-lambda deploy'"
             )
         for name in ("function", "bucket", "region", "endpoint_url"):
             _check(name, getattr(self, name), "text", lambda v: v is None or _is_name(v))

@@ -88,7 +88,8 @@ def from_response(status: int, body: bytes, function: str, region: str, name: st
                 Detail(
                     errors.FunctionNotFoundError,
                     f"function {function!r} does not exist in region {region}. {said}",
-                    "Set dask-lambda.function and dask-lambda.region, or deploy the function.",
+                    "Run 'dask-lambda deploy', or set dask-lambda.function, "
+                    "dask-lambda.larger-functions and dask-lambda.region.",
                 ),
             )
         case 400 if name == "SnapStartException":

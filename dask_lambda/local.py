@@ -47,7 +47,7 @@ __all__ = ["LocalAWS"]
 
 logger = logging.getLogger("dask_lambda")
 
-INSTALL = 'pip install "dask_lambda[local]"'
+INSTALL = "pip install '.[local]', in a checkout of dask_lambda"
 
 
 class LocalAWS:

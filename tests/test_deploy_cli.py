@@ -15,6 +15,7 @@ from typing import Any
 import click
 import dask
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
 from dask_lambda.cli import main
@@ -106,17 +107,33 @@ def test_a_template_is_written_with_its_files(cli: Cli, tmp_path: Path) -> None:
         name = each["Properties"]["Code"]["S3Key"]["Fn::Sub"].removeprefix("${CodePrefix}")
         assert (tmp_path / "stack-files" / name).read_bytes().startswith(b"PK")
     assert "aws cloudformation deploy --region us-east-1" in said
-    assert "function: dask-lambda-1769" in said
+    # what is to be written into the configuration is what `deploy` would write
+    _, _, text = said.partition("dask-lambda.yaml:\n")
+    settings = yaml.safe_load(text)["dask-lambda"]
+    assert settings["function"] == "dask-lambda-1769"
+    assert settings["larger-functions"] == {
+        "3538": "dask-lambda-3538",
+        "10240": "dask-lambda-10240",
+    }
+    assert (settings["prefix"], settings["timeout"]) == ("dask-lambda", 900)
+    assert settings["architecture"] == "x86_64"
+    arguments = ("--worker-only", "--json", "--cloudformation", str(target))
+    told = json.loads(cli("deploy", *arguments).stdout)
+    assert told["configuration"] == {"dask-lambda": settings}
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--memory", "64"), 1, "128 to 10,240"),
-        (("--name", "A B"), 1, "cannot be the name"),
+        (("--memory", "64"), 2, "128 to 10,240"),
+        (("--name", "A B"), 2, "cannot be the name"),
         (("--tag", "novalue"), 2, "KEY=VALUE"),
         (("--bucket", "not-there-at-all"), 1, "does not exist"),
-        (("--log-days", "8"), 1, "CloudWatch takes one of"),
+        (("--log-days", "8"), 2, "CloudWatch takes one of"),
+        (("--prefix", "a/b c"), 2, "must consist of letters"),
+        (("--image", "x.dkr.ecr.us-east-1.amazonaws.com/y"), 2, "--image and --worker-only contra"),
+        (("--package", "pandas"), 2, "--worker-only and --package contradict each other"),
+        (("--without", "scipy", "--everything"), 2, "--worker-only and --everything and --without"),
     ],
 )
 def test_bad_options_are_said(cli: Cli, arguments: tuple[str, ...], code: int, said: str) -> None:
@@ -164,6 +181,19 @@ def test_without_credentials_it_says_so(command: str) -> None:
     done = CliRunner().invoke(main, [command, "--region", "eu-west-1"])
     assert done.exit_code == 1
     assert "log in, or set AWS_PROFILE" in done.output
+
+
+def test_it_is_said_what_programs_use_when_one_of_two_deployments_is_gone(cli: Cli) -> None:
+    for name in ("one", "two"):
+        cli("deploy", "--name", name, "--worker-only", "--memory", "1769", "--yes")
+    unused = cli("destroy", "--name", "one", "--yes").output
+    assert "programs of yours" not in unused  # they use the other one
+    cli("deploy", "--name", "one", "--worker-only", "--memory", "1769", "--yes")
+    said = cli("destroy", "--name", "one", "--yes").output
+    assert "use the embedded AWS on this machine from now on" in said
+    assert "dask-lambda deploy --name two --region us-east-1" in said
+    told = json.loads(cli("destroy", "--name", "two", "--yes", "--json").stdout)
+    assert (told["used"], told["others"]) == (False, [])
 
 
 # -- looking -----------------------------------------------------------------------------------

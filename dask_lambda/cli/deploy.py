@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dask_lambda.deploy.calls import Step
     from dask_lambda.deploy.deployment import Prepared
     from dask_lambda.deploy.naming import Where
-    from dask_lambda.deploy.resources import Blueprint
+    from dask_lambda.deploy.resources import Blueprint, Options
     from dask_lambda.deploy.status import State
 
 #: Exit codes of ``status``.
@@ -31,7 +31,7 @@ SNAPSHOT_DAYS = 30
 SIGNS = {"create": "+", "change": "~", "delete": "-", "keep": "=", "leave": "=", "empty": "-"}
 
 
-@click.command()
+@click.command(short_help="Put function, bucket and role into an account, or update them.")
 @name
 @region
 @endpoint_url
@@ -112,7 +112,7 @@ def deploy(**given: Any) -> None:
         given["metrics"],
         given["snapstart"],
     )
-    options.check()
+    _check_options(options, given)
     account = open_account(given["region"], given["endpoint_url"])
     package = _package(given, account.where)
     if given["cloudformation"]:
@@ -123,7 +123,7 @@ def deploy(**given: Any) -> None:
         wanted = blueprint(
             options, account.where, package, version=version, secure=account.is_secure
         )
-        _write_template(wanted, given["cloudformation"], given["as_json"])
+        _write_template(wanted, account, given["cloudformation"], given["as_json"])
         return
     prepared = deployment.prepare(account, options, package, version)
     if given["dry_run"]:
@@ -199,6 +199,7 @@ def destroy(as_json: bool, yes: bool, kept: bool, **given: Any) -> None:
 
     A bucket of your own stays, with all that is not below our prefix.
     """
+    from dask_lambda.deploy import record as records
     from dask_lambda.deploy.destroy import destroy, prepare_removal
     from dask_lambda.deploy.status import known
 
@@ -211,13 +212,38 @@ def destroy(as_json: bool, yes: bool, kept: bool, **given: Any) -> None:
             _print_step(step)
     if doing:
         confirm(yes, as_json, f"Remove {len(doing)} things from {record.where}?")
+    used = records.is_used(record)
     stays = destroy(
         removal, (lambda step: None) if as_json else (lambda step: click.echo(f"{step}"))
     )
+    others = [{"name": each.name, "region": each.region} for each in records.find(None)]
     if as_json:
-        print_json({"removed": [f"{s.kind} {s.name}" for s in doing], "stays": stays})
-    elif not doing:
+        removed = [f"{s.kind} {s.name}" for s in doing]
+        print_json({"removed": removed, "stays": stays, "used": used, "others": others})
+        return
+    if not doing:
         click.echo(f"nothing of {record.name!r} is in {record.where}")
+    if used:
+        click.echo("Dask programs of yours use the embedded AWS on this machine from now on.")
+        for each in others:
+            which = f"--name {each['name']} --region {each['region']}"
+            click.echo(f"To have them use another deployment: dask-lambda deploy {which}")
+
+
+def _check_options(options: Options, given: dict[str, Any]) -> None:
+    """Refuse what is out of range, or contradicts itself, before anything is looked at."""
+    from dask_lambda.errors import ConfigurationError
+
+    try:
+        options.check()
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from error
+    ready = [each for each in ("image", "worker_only") if given[each]]
+    choice = [each for each in ("packages", "requirements", "everything", "without") if given[each]]
+    flags = {"packages": "--package", "requirements": "--from"}
+    both = [flags.get(e, f"--{e.replace('_', '-')}") for e in (*ready, *choice)]
+    if ready and len(both) > 1:
+        raise click.UsageError(f"{' and '.join(both)} contradict each other: nothing is built then")
 
 
 def open_account(region: str | None, endpoint_url: str | None, name: str | None = None) -> Account:
@@ -277,6 +303,11 @@ def _how_to_push(recipe: Recipe, where: Where) -> str:
     build = " ".join(build_arguments(recipe.context, image, recipe.platform))
     architecture = recipe.platform.architecture
     because = f" ({recipe.because})" if recipe.because else ""
+    otherwise = "leave packages of yours out (--without)"
+    if recipe.platform.python == "3.11":
+        otherwise = (
+            f"use Python 3.12 or newer here, for which there are more wheels; or {otherwise}"
+        )
     return (
         f"these packages need a container image{because}. Its recipe is in {recipe.context}. "
         "Where docker is:\n"
@@ -286,7 +317,7 @@ def _how_to_push(recipe: Recipe, where: Where) -> str:
         f"  docker {build}\n"
         f"  docker push {image}\n"
         f"  dask-lambda deploy --image {image} --architecture {architecture}\n"
-        "Or leave packages out (--without), or use Python 3.12 or newer, which has more wheels"
+        f"Or {otherwise}"
     )
 
 
@@ -437,10 +468,14 @@ def _print_state(state: State) -> None:
         click.echo("dask-lambda deploy puts it in order")
 
 
-def _write_template(wanted: Blueprint, path: str, as_json: bool) -> None:
+def _write_template(wanted: Blueprint, account: Account, path: str, as_json: bool) -> None:
     from pathlib import Path
 
+    import yaml
+
     from dask_lambda.deploy import cloudformation
+    from dask_lambda.deploy.deployment import record_of
+    from dask_lambda.deploy.record import configuration
 
     target = Path(path)
     text = json.dumps(cloudformation.template(wanted), indent=1) + "\n"
@@ -454,8 +489,10 @@ def _write_template(wanted: Blueprint, path: str, as_json: bool) -> None:
         target.write_text(text, "utf-8")
     except OSError as error:
         raise click.ClickException(f"{path} cannot be written: {error}") from error
+    settings = {"dask-lambda": configuration(record_of(wanted, account.endpoint_url))}
     if as_json:
-        print_json({"template": str(target), "files": [str(directory / name) for name in files]})
+        written = [str(directory / name) for name in files]
+        print_json({"template": str(target), "files": written, "configuration": settings})
         return
     where = wanted.names.where
     parameters = ""
@@ -468,15 +505,6 @@ def _write_template(wanted: Blueprint, path: str, as_json: bool) -> None:
         f"  aws cloudformation deploy --region {where.region} --template-file {target} "
         f"--stack-name {wanted.options.name} --capabilities CAPABILITY_NAMED_IAM{parameters}"
     )
-    names = wanted.names
-    smallest, *larger = names.sizes
     click.echo("Then, in ~/.config/dask/dask-lambda.yaml:")
-    click.echo("  dask-lambda:")
-    click.echo(f"    function: {names.called(smallest)}")
-    click.echo(f"    memory: {smallest}")
-    click.echo(f"    bucket: {names.bucket}")
-    click.echo(f"    region: {where.region}")
-    if larger:
-        click.echo("    larger-functions:")
-        for memory in larger:
-            click.echo(f'      "{memory}": {names.called(memory)}')
+    for line in yaml.safe_dump(settings, sort_keys=False).splitlines():
+        click.echo(f"  {line}")

@@ -40,6 +40,8 @@ def hello(as_json: bool) -> None:
     click.echo(f"hello from {place['function']} in {where}")
     click.echo(f"  {place['memory_mb']} MB, {place['processor']}, Python {place['python']}")
     start = "cold start" if said.cold else "the environment was there already"
+    if said.restored:
+        start = "cold start, from a snapshot"
     click.echo(f"  first call     {said.first_seconds * 1e3:8.0f} ms  ({start})")
     click.echo(f"  warm           {said.warm_seconds * 1e3:8.0f} ms")
     click.echo(f"  through S3     {said.stored_seconds * 1e3:8.0f} ms")

@@ -143,7 +143,7 @@ def deploy(
         Something went wrong half-way.  The record says what was begun; the same command goes on.
     """
     wanted, account = prepared.wanted, prepared.account
-    record = _record(prepared)
+    record = record_of(wanted, account.endpoint_url)
     record.write()  # before anything is made: what is made is then found again
     applied = Applier(account, tell, sleep, clock).run(prepared.steps)
     missing = {step.name for step, _ in applied.left_out}
@@ -181,15 +181,22 @@ def concurrency_of(account: Account) -> int | None:
     return limit.get("ConcurrentExecutions")
 
 
-def _record(prepared: Prepared) -> Record:
-    wanted = prepared.wanted
+def record_of(wanted: Blueprint, endpoint_url: str | None) -> Record:
+    """Return the record of what is to be, before anything is known of how it went.
+
+    Parameters
+    ----------
+    wanted : Blueprint
+    endpoint_url : str, optional
+        Of an emulator.
+    """
     where = wanted.names.where
     return Record(
         wanted.options.name,
         where.account,
         where.region,
         where.partition,
-        prepared.account.endpoint_url,
+        endpoint_url,
         wanted.bucket.name,
         wanted.bucket.is_ours,
         wanted.options.prefix,

@@ -36,6 +36,8 @@ class Hello:
         From the first call to its result, with the start of the client's engine.
     cold : bool
         Whether the first call met a new execution environment.
+    restored : bool
+        Whether that began as a copy of a snapshot.
     warm_seconds : float
         Median of the following calls.
     stored_seconds : float
@@ -49,6 +51,7 @@ class Hello:
     place: dict[str, Any]
     first_seconds: float
     cold: bool
+    restored: bool
     warm_seconds: float
     stored_seconds: float
     cost_usd: float
@@ -105,7 +108,7 @@ def _hello(settings: dict[str, Any]) -> Hello:
     cost = 0.0
     with LambdaScheduler(**settings) as scheduler:
         place, first, report = _timed(scheduler, where)
-        cold = report.cold_starts > 0
+        cold, restored = report.cold_starts > 0, report.restores > 0
         cost += report.cost_usd
         warm = []
         for _ in range(WARM_CALLS):
@@ -115,7 +118,7 @@ def _hello(settings: dict[str, Any]) -> Hello:
     with LambdaScheduler(**{**settings, "inline_bytes": 0}) as scheduler:
         _, stored, report = _timed(scheduler, where)
         cost += report.cost_usd
-    return Hello(place, first, cold, statistics.median(warm), stored, cost, local)
+    return Hello(place, first, cold, restored, statistics.median(warm), stored, cost, local)
 
 
 def _timed(scheduler: LambdaScheduler, function: Any) -> tuple[Any, float, RunReport]:

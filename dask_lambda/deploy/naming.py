@@ -17,6 +17,8 @@ TAG = "dask-lambda:deployment"
 DEFAULT = "dask-lambda"
 #: With account and region the bucket's name must not be longer than 63 characters.
 NAME = re.compile(r"[a-z][a-z0-9-]{0,27}[a-z0-9]")
+#: Of object names: what means itself in policies, in URLs and on command lines.
+PREFIX = re.compile(r"[A-Za-z0-9._=-]+(/[A-Za-z0-9._=-]+)*")
 LOGS = "/aws/lambda/"
 #: By which functions are called of whose published versions Lambda keeps snapshots.
 ALIAS = "snapstart"

@@ -20,7 +20,7 @@ from typing import Any
 import dask.config
 import yaml
 
-from dask_lambda.deploy.naming import ALIAS, Names, Where
+from dask_lambda.deploy.naming import ALIAS, Names, Where, size_of
 from dask_lambda.errors import ConfigurationError
 from dask_lambda.kept_runs import runs_directory
 
@@ -192,19 +192,22 @@ def configure(record: Record) -> Path:
     return path
 
 
-def unconfigure(record: Record) -> Path | None:
-    """Remove the file, if it means this deployment; return it if so."""
-    path = configuration_path()
+def is_used(record: Record) -> bool:
+    """Whether Dask has been told to use this deployment, and has not been told otherwise."""
     try:
-        text = path.read_text("utf-8")
+        text = configuration_path().read_text("utf-8")
         found = yaml.safe_load(text)["dask-lambda"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
+        return False
+    function = str(found.get("function")).partition(":")[0]
     same = (found.get("bucket"), found.get("region")) == (record.bucket, record.region)
-    if not text.startswith(MARK) or not same:
-        return None
-    path.unlink()
-    return path
+    return text.startswith(MARK) and same and size_of(record.name, function) is not None
+
+
+def unconfigure(record: Record) -> None:
+    """Remove the file, if it means this deployment."""
+    if is_used(record):
+        configuration_path().unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:

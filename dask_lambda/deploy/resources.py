@@ -14,7 +14,16 @@ from dask_lambda.config import MAX_MEMORY, MAX_TIMEOUT, MIN_MEMORY
 from dask_lambda.deploy import policies
 from dask_lambda.deploy.artifact import Archive, Package, Recipe
 from dask_lambda.deploy.layers import MAX_LAYERS
-from dask_lambda.deploy.naming import ALIAS, DEFAULT, TAG, Names, Where, bucket_name, check_name
+from dask_lambda.deploy.naming import (
+    ALIAS,
+    DEFAULT,
+    PREFIX,
+    TAG,
+    Names,
+    Where,
+    bucket_name,
+    check_name,
+)
 from dask_lambda.errors import ConfigurationError
 
 #: MB: one core, two, and as much as there is.  At 1,769 MB a function has one whole core (Lambda).
@@ -126,14 +135,10 @@ class Options:
                 f"log-days is {self.log_days}; CloudWatch takes one of "
                 + ", ".join(map(str, RETENTIONS))
             )
-        if (
-            not self.prefix
-            or self.prefix.strip("/") != self.prefix
-            or set("*?$") & set(self.prefix)
-        ):
+        if not PREFIX.fullmatch(self.prefix):
             raise ConfigurationError(
-                f"prefix is {self.prefix!r}; it must be text without slashes at its ends, and "
-                "without *, ? and $"
+                f"prefix is {self.prefix!r}; it must consist of letters, digits and . _ = -, with "
+                "slashes between them, if any"
             )
         if self.snapstart and self.storage != MIN_STORAGE:
             raise ConfigurationError(
