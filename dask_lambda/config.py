@@ -176,6 +176,7 @@ class Settings:
             raise ConfigurationError(
                 f"dask-lambda.backend is 'aws', but {' and '.join(missing)} not set; set "
                 + " and ".join(f"dask-lambda.{n}" for n in missing)
+                + ", or run 'dask-lambda deploy', which does"
             )
         if self.backend == "auto" and bool(self.function) != bool(self.bucket):
             there, not_there = ("function", "bucket") if self.function else ("bucket", "function")

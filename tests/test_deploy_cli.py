@@ -89,6 +89,25 @@ def test_the_dry_run_prints_calls_and_policies_and_changes_nothing(
     assert not list(tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dask-lambda.backend": "aws"}, "function and bucket not set"),
+        ({"dask-lambda.bucket": "mine"}, "dask-lambda.function is not"),
+        ({"dask-lambda.larger-functions": {"3538": "to-be"}}, "larger-functions is set, but"),
+    ],
+)
+def test_settings_that_only_lack_a_deployment_do_not_hinder_it(
+    cli: Cli, settings: dict[str, Any], said: str
+) -> None:
+    with dask.config.set(settings):
+        cli("deploy", "--worker-only", "--dry-run")
+        cli("status", code=NOTHING_DEPLOYED)
+        found = cli("doctor", code=1).output
+    assert said in found
+    assert "-> mend it, or dask-lambda deploy" in found
+
+
 def test_whoever_says_no_gets_nothing(cli: Cli, aws: LocalAWS, tmp_path: Path) -> None:
     before = inventory(Account.of_local(aws))
     done = cli("deploy", "--worker-only", code=1, input="n\n")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from dask_lambda.config import Settings
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -35,3 +38,10 @@ def confirm(yes: bool, as_json: bool, question: str) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """Print an answer as JSON."""
     click.echo(json.dumps(value, indent=1))
+
+
+def settings_before_deployment() -> Settings:
+    """Return the settings without functions and bucket, which may not be there yet."""
+    from dask_lambda.config import Settings
+
+    return Settings.resolve(backend="local", larger_functions={})

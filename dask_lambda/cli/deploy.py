@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dask_lambda.cli.common import as_json, confirm, endpoint_url, name, print_json, region, yes
+from dask_lambda.cli.common import (
+    as_json,
+    confirm,
+    endpoint_url,
+    name,
+    print_json,
+    region,
+    settings_before_deployment,
+    yes,
+)
 from dask_lambda.cli.env import build_packages, choice_of_packages, summary
 
 if TYPE_CHECKING:
@@ -248,7 +257,6 @@ def _check_options(options: Options, given: dict[str, Any]) -> None:
 
 def open_account(region: str | None, endpoint_url: str | None, name: str | None = None) -> Account:
     """Open the account that is meant: by options, else by the record of a deployment."""
-    from dask_lambda.config import Settings
     from dask_lambda.deploy import record
     from dask_lambda.deploy.aws import Account
 
@@ -257,7 +265,7 @@ def open_account(region: str | None, endpoint_url: str | None, name: str | None 
         if len(found) == 1:
             region = region or found[0].region
             endpoint_url = endpoint_url or found[0].endpoint_url
-    settings = Settings.resolve()
+    settings = settings_before_deployment()
     return Account.open(region or settings.region, endpoint_url or settings.endpoint_url)
 
 
@@ -399,11 +407,10 @@ def _print_plan(prepared: Prepared) -> None:
 
 def _snapshots(prepared: Prepared) -> tuple[float, str]:
     """Return what the snapshots cost in some days, in US dollars, and whose prices these are."""
-    from dask_lambda.config import Settings
     from dask_lambda.prices import prices_for
 
     names = prepared.wanted.names
-    prices = prices_for(names.where.region, Settings.resolve().prices)
+    prices = prices_for(names.where.region, settings_before_deployment().prices)
     return prices.snapshots(names.sizes, SNAPSHOT_DAYS * 24 * 3600), prices.source
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dask_lambda.cli.common import as_json, print_json
+from dask_lambda.cli.common import as_json, print_json, settings_before_deployment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,9 +48,7 @@ def choice_of_packages(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def requirements(packages: Sequence[str]) -> list[str]:
     """Return what was asked for, with what Dask's configuration makes workers need."""
-    from dask_lambda.config import Settings
-
-    more = ["zstandard"] if Settings.resolve().compression == "zstd" else []
+    more = ["zstandard"] if settings_before_deployment().compression == "zstd" else []
     return [*packages, *more]
 
 

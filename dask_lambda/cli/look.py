@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dask_lambda.cli.common import as_json, print_json, region
+from dask_lambda.cli.common import as_json, print_json, region, settings_before_deployment
 
 if TYPE_CHECKING:
     from dask_lambda.deploy.aws import Account
@@ -59,9 +59,15 @@ def doctor(context: click.Context, region: str | None, as_json: bool) -> None:
     """
     from dask_lambda.config import Settings
     from dask_lambda.deploy.doctor import examine
+    from dask_lambda.errors import ConfigurationError
 
+    wrong = ""
+    try:
+        settings = Settings.resolve()
+    except ConfigurationError as error:
+        settings, wrong = settings_before_deployment(), str(error)
     checks = []
-    for check in examine(Settings.resolve(), region):
+    for check in examine(settings, region, wrong=wrong):
         checks.append(check)
         if not as_json:
             click.echo(f"{SIGNS[check.result]:7} {check.name}: {check.said}")

@@ -54,7 +54,7 @@ class Check:
     advice: str = ""
 
 
-def examine(settings: Settings, region: str | None = None) -> Iterator[Check]:
+def examine(settings: Settings, region: str | None = None, *, wrong: str = "") -> Iterator[Check]:
     """Check one thing after the other; where one fails, what needs it is skipped.
 
     Parameters
@@ -63,6 +63,8 @@ def examine(settings: Settings, region: str | None = None) -> Iterator[Check]:
         Function and bucket are looked at if it names them.
     region : str, optional
         Default: that of the settings, or boto3's.
+    wrong : str
+        What is wrong with the settings, so that no computation could use them.
     """
     yield _here()
     try:
@@ -81,6 +83,9 @@ def examine(settings: Settings, region: str | None = None) -> Iterator[Check]:
     yield Check("credentials", "passed", f"{identity['Arn']}")
     yield _clock(identity)
     yield from _quotas(account)
+    if wrong:
+        yield Check("configuration", "failed", wrong, "mend it, or dask-lambda deploy")
+        return
     if settings.is_local:
         yield Check(
             "deployment",
