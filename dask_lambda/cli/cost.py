@@ -43,7 +43,8 @@ def cost(names: tuple[str, ...], no_storage: bool, as_json: bool) -> None:
         print_json({"runs": found, "total": total})
         return
     if not found:
-        click.echo("no runs are kept")
+        click.echo("no runs are kept: those are that are computed with resume=NAME; every other")
+        click.echo("run says what it has cost in last_report() (docs/cost.md)")
         return
     _print_table(found, total)
 

@@ -36,7 +36,11 @@ def hello(as_json: bool) -> None:
         print_json(asdict(said))
         return
     place = said.place
-    where = "the embedded AWS on this machine" if said.local else f"AWS, {place['region']}"
+    where = f"AWS, {place['region']}"
+    if said.local:
+        where = "the embedded AWS on this machine"
+    elif said.endpoint_url:
+        where = f"{place['region']} of {said.endpoint_url}, which is not AWS's own"
     click.echo(f"hello from {place['function']} in {where}")
     click.echo(f"  {place['memory_mb']} MB, {place['processor']}, Python {place['python']}")
     start = "cold start" if said.cold else "the environment was there already"

@@ -5,6 +5,7 @@ May import: config, scheduler, report, errors, the standard library.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from dask_lambda.scheduler import LambdaScheduler, last_report
 
 #: Calls after the first one.
 WARM_CALLS = 5
+#: Where botocore is told of an emulator of Lambda (botocore: "Service-specific endpoints").
+ENDPOINTS = ("AWS_ENDPOINT_URL_LAMBDA", "AWS_ENDPOINT_URL")
 #: Seconds until permissions are looked at once more.
 RETRY_SECONDS = 2.0
 
@@ -46,6 +49,8 @@ class Hello:
         Of everything.
     local : bool
         It was the embedded AWS.
+    endpoint_url : str, optional
+        Who answered, if it was not AWS.
     """
 
     place: dict[str, Any]
@@ -56,6 +61,7 @@ class Hello:
     stored_seconds: float
     cost_usd: float
     local: bool
+    endpoint_url: str | None
 
 
 def hello(
@@ -89,7 +95,8 @@ def hello(
 
 
 def _hello(settings: dict[str, Any]) -> Hello:
-    local = Settings.resolve(**settings).is_local
+    wanted = Settings.resolve(**settings)
+    elsewhere = wanted.endpoint_url or next(filter(None, map(os.environ.get, ENDPOINTS)), None)
 
     def where() -> dict[str, Any]:  # not by name: the worker has none of this package
         import os
@@ -118,7 +125,17 @@ def _hello(settings: dict[str, Any]) -> Hello:
     with LambdaScheduler(**{**settings, "inline_bytes": 0}) as scheduler:
         _, stored, report = _timed(scheduler, where)
         cost += report.cost_usd
-    return Hello(place, first, cold, restored, statistics.median(warm), stored, cost, local)
+    return Hello(
+        place,
+        first,
+        cold,
+        restored,
+        statistics.median(warm),
+        stored,
+        cost,
+        wanted.is_local,
+        elsewhere,
+    )
 
 
 def _timed(scheduler: LambdaScheduler, function: Any) -> tuple[Any, float, RunReport]:
