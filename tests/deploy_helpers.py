@@ -155,3 +155,17 @@ def eventually_created(account: Account, stack: str) -> None:
 
     assert eventually(lambda: not status().endswith("IN_PROGRESS"))
     assert status() == "CREATE_COMPLETE"
+
+
+def refuse_large_functions(account: Account) -> None:
+    """Refuse functions with more memory than an account may have that is new."""
+    answer_with(
+        account,
+        "lambda",
+        "CreateFunction",
+        "InvalidParameterValueException",
+        "'MemorySize' value failed to satisfy constraint: Member must have value less than or "
+        "equal to 3008",
+        only=lambda body: json.loads(body)["MemorySize"] > 3008,
+        times=10,
+    )

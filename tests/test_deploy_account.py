@@ -27,7 +27,14 @@ from tests.account_helpers import (
     remove,
     verbs,
 )
-from tests.deploy_helpers import answer_as, answer_instead, answer_with, denied, inventory
+from tests.deploy_helpers import (
+    answer_as,
+    answer_instead,
+    answer_with,
+    denied,
+    inventory,
+    refuse_large_functions,
+)
 
 __all__ = ["_leaves_nothing", "account", "package"]
 
@@ -243,16 +250,7 @@ def test_a_removal_that_broke_off_goes_on(account: Account, package: Package) ->
 def test_a_new_account_gets_the_functions_that_it_may_have(
     account: Account, package: Package
 ) -> None:
-    answer_with(
-        account,
-        "lambda",
-        "CreateFunction",
-        "InvalidParameterValueException",
-        "'MemorySize' value failed to satisfy constraint: Member must have value less than or "
-        "equal to 3008",
-        only=lambda body: json.loads(body)["MemorySize"] > 3008,
-        times=10,
-    )
+    refuse_large_functions(account)
     done = deploy(account, package, Options(memory=(1769, 10_240)))
     ((step, why),) = done.applied.left_out
     assert step.name == "dask-lambda-10240"

@@ -7,7 +7,6 @@ takes no snapshots of memory.
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from dataclasses import replace
 from typing import Any
@@ -32,7 +31,7 @@ from tests.account_helpers import (
     remove,
     verbs,
 )
-from tests.deploy_helpers import answer_as, answer_with, denied
+from tests.deploy_helpers import answer_as, answer_with, denied, refuse_large_functions
 
 __all__ = ["_leaves_nothing", "account"]
 
@@ -256,16 +255,7 @@ def test_an_old_version_that_could_not_be_deleted_goes_with_the_next_deployment(
 
 
 def test_a_function_that_is_left_out_has_no_snapshot(account: Account, package: Package) -> None:
-    answer_with(
-        account,
-        "lambda",
-        "CreateFunction",
-        "InvalidParameterValueException",
-        "'MemorySize' value failed to satisfy constraint: Member must have value less than or "
-        "equal to 3008",
-        only=lambda body: json.loads(body)["MemorySize"] > 3008,
-        times=10,
-    )
+    refuse_large_functions(account)
     done = deploy(account, package, Options(memory=(1769, 10_240), snapstart=True))
     assert [step.name for step, _ in done.applied.left_out] == ["dask-lambda-10240"]
     assert [step.name for step in done.applied.done if step.kind == "snapshot"] == [
