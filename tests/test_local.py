@@ -256,7 +256,7 @@ def test_without_ministack_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ministack", None)  # find_spec raises ValueError or gives None
-    with pytest.raises(LocalAWSError, match=r"pip install \"dask_lambda\[local\]\""):
+    with pytest.raises(LocalAWSError, match=r"pip install '\.\[local\]'"):
         start(tmp_path)
 
 
