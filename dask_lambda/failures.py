@@ -195,11 +195,7 @@ def from_refusal(worker: dict[str, Any]) -> Failure:
     worker : dict
         Its versions; in "packages", those of packages that differ, with the client's.
     """
-    ours = {"protocol": protocol.PROTOCOL, **protocol.versions()}
-    differing: dict[str, Any] = {
-        name: (worker.get(name), ours[name]) for name in ours if ours[name] != worker.get(name)
-    }
-    differing |= worker.get("packages", {})
+    differing = differing_versions(worker)
     installable = [
         f"{name}=={theirs}"
         for name, (theirs, _) in differing.items()
@@ -211,7 +207,7 @@ def from_refusal(worker: dict[str, Any]) -> Failure:
         Detail(
             errors.VersionMismatchError,
             f"the worker refused to run it, since its versions differ from the client's "
-            f"({_versions(differing)})",
+            f"({describe_versions(differing)})",
             "Deploy the function again from this environment ('dask-lambda deploy'), or install "
             f"the worker's versions here{f' ({here})' if here else ''}.",
         ),
@@ -229,12 +225,28 @@ def describe_differing(function: str, packages: dict[str, Any]) -> str:
     """
     return (
         f"function {function!r} has other versions of packages than this process "
-        f"({_versions(packages)}); it goes on, since this seldom matters. To be sure, deploy the "
-        "function again from this environment ('dask-lambda deploy')."
+        f"({describe_versions(packages)}); it goes on, since this seldom matters. To be sure, "
+        "deploy the function again from this environment ('dask-lambda deploy')."
     )
 
 
-def _versions(differing: dict[str, Any]) -> str:
+def differing_versions(worker: dict[str, Any]) -> dict[str, Any]:
+    """Return in what a worker that refuses differs: name to its version and the client's.
+
+    Parameters
+    ----------
+    worker : dict
+        As of :func:`from_refusal`.
+    """
+    ours = {"protocol": protocol.PROTOCOL, **protocol.versions()}
+    differing = {
+        name: (worker.get(name), ours[name]) for name in ours if ours[name] != worker.get(name)
+    }
+    return {**differing, **worker.get("packages", {})}
+
+
+def describe_versions(differing: dict[str, Any]) -> str:
+    """Say which versions differ, of names to the worker's and the client's."""
     return "; ".join(
         f"{name}: worker {worker}, client {client}" for name, (worker, client) in differing.items()
     )

@@ -71,9 +71,14 @@ def verbs(prepared: Prepared) -> set[str]:
     return {step.verb for step in prepared.steps}
 
 
-def layer(name: str, text: str) -> Layer:
+def zipped(files: dict[str, str]) -> Archive:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr(f"python/{name}.py", text)
-    archive = Archive.of(buffer.getvalue())
+        for name, text in files.items():
+            file.writestr(name, text)
+    return Archive.of(buffer.getvalue())
+
+
+def layer(name: str, text: str) -> Layer:
+    archive = zipped({f"python/{name}.py": text})
     return Layer(name, archive, archive.sha256)

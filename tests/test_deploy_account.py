@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -412,3 +413,19 @@ def test_options_out_of_range_are_refused_before_aws_is_asked(
     with pytest.raises(ConfigurationError):
         prepare(account, package, options)
     assert account._identity is None
+
+
+def test_an_address_that_is_configured_is_told_from_aws_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever botocore finds it: hello says who has answered."""
+    address = "http://127.0.0.1:1"
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_LAMBDA"):
+        monkeypatch.delenv(name, raising=False)
+    assert Account.open("eu-west-1").configured_endpoint("lambda") is None
+    assert Account.open("eu-west-1", address).configured_endpoint("lambda") == address
+    configuration = tmp_path / "config"
+    configuration.write_text(f"[default]\nendpoint_url = {address}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(configuration))
+    assert Account.open("eu-west-1").configured_endpoint("lambda") == address

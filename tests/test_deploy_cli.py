@@ -252,7 +252,7 @@ def test_doctor_finds_what_is_in_the_way(
     monkeypatch.setattr("lambda_worker.protocol.versions", lambda: {"python": "2.7", "dask": "1.0"})
     result, said = results()["versions in dask-lambda-1769"]
     assert result == "failed"
-    assert "here 2.7" in said
+    assert "client 2.7" in said
     monkeypatch.undo()
 
     with dask.config.set({"dask-lambda.function": "gone", "dask-lambda.bucket": "gone-too"}):

@@ -6,8 +6,6 @@ takes no snapshots of memory.
 
 from __future__ import annotations
 
-import io
-import zipfile
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +28,7 @@ from tests.account_helpers import (
     prepare,
     remove,
     verbs,
+    zipped,
 )
 from tests.deploy_helpers import answer_as, answer_with, denied, refuse_large_functions
 
@@ -64,11 +63,7 @@ def operations(prepared: Prepared) -> list[str]:
 
 
 def archive(text: str) -> Archive:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("lambda_worker/__init__.py", "")
-        file.writestr("lambda_worker/handler.py", text)
-    return Archive.of(buffer.getvalue())
+    return zipped({"lambda_worker/__init__.py": "", "lambda_worker/handler.py": text})
 
 
 # -- there, changed, and back --------------------------------------------------------------------

@@ -43,8 +43,8 @@ def cost(names: tuple[str, ...], no_storage: bool, as_json: bool) -> None:
         print_json({"runs": found, "total": total})
         return
     if not found:
-        click.echo("no runs are kept: those are that are computed with resume=NAME; every other")
-        click.echo("run says what it has cost in last_report() (docs/cost.md)")
+        click.echo("no runs are kept: only those with a name are (resume=NAME, or save()); what")
+        click.echo("another one has cost, last_report() says in the program that ran it")
         return
     _print_table(found, total)
 

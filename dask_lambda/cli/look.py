@@ -40,7 +40,7 @@ def hello(as_json: bool) -> None:
     if said.local:
         where = "the embedded AWS on this machine"
     elif said.endpoint_url:
-        where = f"{place['region']} of {said.endpoint_url}, which is not AWS's own"
+        where = f"{place['region']}, at {said.endpoint_url}"
     click.echo(f"hello from {place['function']} in {where}")
     click.echo(f"  {place['memory_mb']} MB, {place['processor']}, Python {place['python']}")
     start = "cold start" if said.cold else "the environment was there already"

@@ -112,6 +112,15 @@ class Account:
                 raise ConfigurationError(f"{error}: check the region and the endpoint") from error
         return self._clients[service]
 
+    def configured_endpoint(self, service: str) -> str | None:
+        """Return the address of a service if somebody has configured one; None if it is AWS's."""
+        from botocore.config import Config
+
+        own = Config(ignore_configured_endpoint_urls=True)
+        usual = self._session.client(service, config=own).meta.endpoint_url
+        used: str = self.client(service).meta.endpoint_url
+        return None if used == usual else used
+
     @property
     def is_secure(self) -> bool:
         """Whether S3 is spoken to over TLS."""

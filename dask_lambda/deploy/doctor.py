@@ -1,6 +1,7 @@
 """What may be in the way, looked at one by one.
 
-May import: aws, deployment's constants, naming, config, errors, the ground.
+May import: aws, deployment's constants, environment (what is installed), failures, replies, config,
+errors, the ground.
 
 Each check asks AWS itself, with the credentials of whoever runs it: what may be done is tried, with
 requests that change nothing, or an object of a few bytes that is deleted again.
@@ -19,12 +20,13 @@ from functools import partial
 from importlib import metadata
 from typing import Any, Literal
 
+from dask_lambda import failures, replies
 from dask_lambda.config import Settings
 from dask_lambda.deploy.aws import Account, code_of
 from dask_lambda.deploy.deployment import FEW
+from dask_lambda.deploy.environment import all_installed
 from dask_lambda.errors import AccessDeniedError, DaskLambdaError
 from lambda_worker import protocol
-from lambda_worker.environment import normal_name
 
 Result = Literal["passed", "warning", "failed", "skipped"]
 
@@ -159,9 +161,7 @@ def _quotas(account: Account) -> Iterator[Check]:
 
 def _functions(account: Account, settings: Settings) -> Iterator[Check]:
     assert settings.function is not None
-    names = {settings.function: settings.memory}
-    names |= {function: memory for memory, function in settings.larger_functions.items()}
-    for name in names:
+    for name in dict.fromkeys([settings.function, *settings.larger_functions.values()]):
         line = f"function {name}"
         dry = {"FunctionName": name, "InvocationType": "DryRun"}
         said = _attempt(partial(account.call, "lambda", "Invoke", **dry))
@@ -181,36 +181,28 @@ def _versions(account: Account, name: str) -> Check:
     from botocore.exceptions import ClientError
 
     line = f"versions in {name}"
-    installed = {normal_name(each.name): each.version for each in metadata.distributions()}
+    installed = {each.name: each.version for each in all_installed()}
     try:
         payload = json.dumps({"packages": installed}).encode()
         answer = account.call("lambda", "Invoke", FunctionName=name, Payload=payload)
-        reply = json.loads(answer["Payload"].read())
     except (DaskLambdaError, ClientError) as error:
         return Check(line, "failed", str(error))
-    except ValueError:
-        reply = None
-    if "FunctionError" in answer or not isinstance(reply, dict) or "refused" not in reply:
-        said = json.dumps(reply)[:300]
-        return Check(line, "failed", f"it is no worker of ours: {said}", "dask-lambda deploy")
-    theirs = {k: v for k, v in reply["refused"].items() if isinstance(v, str | int)}
-    ours = {"protocol": protocol.PROTOCOL, **protocol.versions()}
-    different = {each: (theirs.get(each), ours[each]) for each in ours}
-    different = {each: two for each, two in different.items() if two[0] != two[1]}
-    different |= reply["refused"].get("packages", {})
+    said = answer["Payload"].read().decode("utf-8", "replace")
+    try:
+        reply = json.loads(said)
+        replies.check(reply)
+        refused = reply["refused"]
+    except (ValueError, KeyError):
+        return Check(line, "failed", f"it is no worker of ours: {said[:300]}", "dask-lambda deploy")
     advice = "dask-lambda deploy puts this machine's versions there"
-    if different:
-        return Check(line, "failed", _compared(different), advice)
+    if different := failures.differing_versions(refused):
+        return Check(line, "failed", failures.describe_versions(different), advice)
     if seldom := reply.get("differing"):
-        said = f"{_compared(seldom)}; it works, since this seldom matters"
+        said = f"{failures.describe_versions(seldom)}; it works, since this seldom matters"
         return Check(line, "warning", said, advice)
+    ours = {"protocol": protocol.PROTOCOL, **protocol.versions()}
     same = ", ".join(f"{each} {value}" for each, value in ours.items())
     return Check(line, "passed", f"the same as here: {same}")
-
-
-def _compared(versions: dict[str, Any]) -> str:
-    """Say what differs, of names to the worker's version and ours."""
-    return "; ".join(f"{each} {there}, here {here}" for each, (there, here) in versions.items())
 
 
 def _bucket(account: Account, settings: Settings) -> Iterator[Check]:

@@ -1,11 +1,10 @@
 """A function in Lambda says hello: that it runs, where, and how long it takes.
 
-May import: config, scheduler, report, errors, the standard library.
+May import: aws, config, scheduler, report, errors, the standard library.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,14 +14,13 @@ from typing import Any
 from dask.delayed import delayed
 
 from dask_lambda.config import Settings
+from dask_lambda.deploy.aws import Account
 from dask_lambda.errors import AccessDeniedError
 from dask_lambda.report import RunReport
 from dask_lambda.scheduler import LambdaScheduler, last_report
 
 #: Calls after the first one.
 WARM_CALLS = 5
-#: Where botocore is told of an emulator of Lambda (botocore: "Service-specific endpoints").
-ENDPOINTS = ("AWS_ENDPOINT_URL_LAMBDA", "AWS_ENDPOINT_URL")
 #: Seconds until permissions are looked at once more.
 RETRY_SECONDS = 2.0
 
@@ -50,7 +48,7 @@ class Hello:
     local : bool
         It was the embedded AWS.
     endpoint_url : str, optional
-        Who answered, if it was not AWS.
+        Who answered, if that is configured: an emulator, say.
     """
 
     place: dict[str, Any]
@@ -96,7 +94,9 @@ def hello(
 
 def _hello(settings: dict[str, Any]) -> Hello:
     wanted = Settings.resolve(**settings)
-    elsewhere = wanted.endpoint_url or next(filter(None, map(os.environ.get, ENDPOINTS)), None)
+    endpoint = None
+    if not wanted.is_local:
+        endpoint = Account.open(wanted.region, wanted.endpoint_url).configured_endpoint("lambda")
 
     def where() -> dict[str, Any]:  # not by name: the worker has none of this package
         import os
@@ -134,7 +134,7 @@ def _hello(settings: dict[str, Any]) -> Hello:
         stored,
         cost,
         wanted.is_local,
-        elsewhere,
+        endpoint,
     )
 
 
